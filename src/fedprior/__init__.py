@@ -1,0 +1,44 @@
+"""Federated learning in which the prior is the algorithm."""
+
+from fedprior import codecs, data, engines, inference, models, posteriors, priors, server, tree
+from fedprior.algorithm import Algorithm
+from fedprior.algorithms import ALGORITHMS, fedadagrad, fedadam, fedavg, fedavgm, fedprox, fedsparse, fedyogi
+from fedprior.cohort import Availability
+from fedprior.core import Client, Examples, Params, Stats
+from fedprior.objective import Loss
+from fedprior.records import ClientRecord, Round
+from fedprior.result import Result
+from fedprior.run import run
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "ALGORITHMS",
+    "Algorithm",
+    "Availability",
+    "Client",
+    "ClientRecord",
+    "Examples",
+    "Loss",
+    "Params",
+    "Result",
+    "Round",
+    "Stats",
+    "codecs",
+    "data",
+    "engines",
+    "fedadagrad",
+    "fedadam",
+    "fedavg",
+    "fedavgm",
+    "fedprox",
+    "fedsparse",
+    "fedyogi",
+    "inference",
+    "models",
+    "posteriors",
+    "priors",
+    "run",
+    "server",
+    "tree",
+]

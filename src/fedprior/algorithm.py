@@ -1,0 +1,105 @@
+"""An algorithm is one object that knows both sides: prior, inference, server step, codec, weighting.
+
+Optional methods of a prior, each with the meaning it has when absent:
+
+    bind(model, x) -> prior         look at the model before round one        (the prior itself)
+    message(eta, q) -> Stats        what one client uploads                   (the `uplink` terms of stats(q))
+    project(eta) -> eta             back to feasible values, after a step     (eta)
+    parameters_left(eta) -> int     parameters that are still alive           (all of them)
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal, get_args
+
+from torch import Tensor, nn
+
+from fedprior import tree
+from fedprior.codecs import Dense
+from fedprior.core import Client, Codec, Eta, Inference, Params, Prior, ServerStep, Stats
+from fedprior.server import Exact
+
+Weighting = Literal["uniform", "examples"]
+
+
+@dataclass(frozen=True)
+class Algorithm:
+    """A federated algorithm.
+
+    Attributes:
+        prior: p(phi_s | eta), with the statistics and the M-step that follow from it.
+        inference: the E-step.
+        server: how far eta moves towards the exact M-step.
+        codec: bytes in both directions.
+        weighting: "uniform", one vote a client, as the hierarchical model says; or "examples", a client's
+            statistics times its number of training examples, as McMahan's FedAvg does.
+        name: for tables and records.
+    """
+
+    prior: Prior
+    inference: Inference
+    server: ServerStep = field(default_factory=Exact)
+    codec: Codec = field(default_factory=Dense)
+    weighting: Weighting = "uniform"
+    name: str = "custom"
+
+    def __post_init__(self) -> None:
+        for part, protocol in _PARTS.items():
+            if isinstance(value := getattr(self, part), type) or not isinstance(value, protocol):
+                needs = [m for m in vars(protocol) if not m.startswith("_")]
+                raise TypeError(f"{part}={value!r} is not a {protocol.__name__}: it needs {', '.join(needs)}")
+        if self.weighting not in get_args(Weighting):
+            raise ValueError(f"weighting must be one of {', '.join(get_args(Weighting))}, got {self.weighting!r}")
+
+    def __str__(self) -> str:
+        parts = [self.prior, self.inference, self.server, self.codec]
+        text = " + ".join(re.sub(r" at 0x[0-9a-f]+", "", repr(part)) for part in parts)
+        return f"{self.name} = {re.sub(r', groups=[^+]*[)]', ')', text)} + {self.weighting} weights"
+
+    def bind(self, model: nn.Module, x: Tensor) -> Algorithm:
+        """The algorithm for one model, whose inputs look like x."""
+        bind = getattr(self.prior, "bind", None)
+        return replace(self, prior=bind(model, x)) if bind else self
+
+    def weight(self, client: Client) -> float:
+        """How often a client counts."""
+        return float(len(client.train)) if self.weighting == "examples" else 1.0
+
+    def message(self, eta: Eta, q: Any) -> Stats:
+        """What one client uploads, before its weight."""
+        message = getattr(self.prior, "message", None)
+        return message(eta, q) if message else self.prior.stats(q).only(self.prior.uplink)
+
+    def start(self, params: Params) -> tuple[Eta, Params]:
+        """The first eta and the server step's first state."""
+        eta = self.project(self.prior.init(params))
+        return eta, self.server.init(tree.flatten(eta))
+
+    def m_step(self, eta: Eta, total: Stats, state: Params, exact: frozenset[str] = frozenset()) -> tuple[Eta, Params]:
+        """The generalised M-step.
+
+        Args:
+            eta: the round's eta.
+            total: the sum of the clients' statistics.
+            state: the server step's state.
+            exact: names (running means, say) that no optimiser may overshoot: they take the exact M-step.
+        """
+        target = tree.flatten(self.prior.m_step(eta, total))
+        flat, state = self.server.step(tree.flatten(eta), target, state)
+        flat = {k: target[k] if k.split("/", 1)[1] in exact else v for k, v in flat.items()}
+        return self.project(tree.unflatten(eta, flat)), state
+
+    def project(self, eta: Eta) -> Eta:
+        """Feasible values."""
+        project = getattr(self.prior, "project", None)
+        return project(eta) if project else eta
+
+    def parameters_left(self, eta: Eta) -> int:
+        """Parameters that are still alive, buffers included."""
+        left = getattr(self.prior, "parameters_left", None)
+        return left(eta) if left else tree.size(self.prior.point(eta))
+
+
+_PARTS = {"prior": Prior, "inference": Inference, "server": ServerStep, "codec": Codec}

@@ -1,0 +1,7 @@
+"""Codecs: what travels, as bytes. No pickle."""
+
+from fedprior.codecs.dense import Dense
+from fedprior.codecs.frame import PayloadError, schema_of
+from fedprior.codecs.sparse import Sparse
+
+__all__ = ["Dense", "PayloadError", "Sparse", "schema_of"]

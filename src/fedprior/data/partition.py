@@ -1,0 +1,155 @@
+r"""Partitions of examples into clients: each example goes to exactly one client.
+
+    iid        sizes equal up to one, at random
+    dirichlet  p_c ~ Dir(alpha, ..., alpha) over the clients for each label c; client s gets the share p_cs of
+               label c. E p_cs = 1/S, Var p_cs = (1/S)(1 - 1/S) / (S alpha + 1): small alpha, few labels a client
+               and unequal sizes. (Yurochkin et al. 2019, arXiv:1905.12022; NIID-Bench, arXiv:2102.02079.)
+    shards     sorted by label, cut into S * shards_per_client pieces of one size (up to one), which are dealt out
+               at random (McMahan et al. 2017, arXiv:1602.05629)
+    by_key     one client per key: a speaker, a patient, a hospital
+
+All draw from a generator of their own made of (scheme, seed): the same seed is the same partition. `holdout` is
+the fraction of each client's examples, chosen at random, that is put aside as `Client.held_out`; it does not
+change which examples a client has.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+
+from fedprior.core import Examples
+from fedprior.data.population import Partition
+
+_SCHEMES = ("iid", "dirichlet", "shards", "by_key")
+_DRAWS = 1000
+
+
+def iid(examples: Examples, clients: int, seed: int = 0, holdout: float = 0.0) -> Partition:
+    """Clients of equal size (up to one example), drawn at random."""
+    rng = _generator("iid", seed)
+    _check(examples, clients, clients)
+    owner = rng.permutation(np.arange(len(examples)) % clients)
+    return _deal(examples, owner, clients, rng, holdout)
+
+
+def dirichlet(
+    examples: Examples,
+    clients: int,
+    alpha: float,
+    seed: int = 0,
+    min_examples: int = 1,
+    holdout: float = 0.0,
+) -> Partition:
+    """Each label is split by Dirichlet(alpha) proportions; redrawn until all clients have `min_examples`."""
+    rng = _generator("dirichlet", seed)
+    _check(examples, clients, clients * min_examples)
+    if not 0 < alpha < float("inf"):
+        raise ValueError(f"alpha must be a positive number, got {alpha}; use iid for no label skew")
+    labels = _labels(examples, "dirichlet")
+    totals = np.bincount(labels)
+    counts = _shares(totals, clients, alpha, min_examples, rng)
+    owner = np.empty(len(labels), np.int64)
+    for label, row in enumerate(counts):
+        owner[labels == label] = rng.permutation(np.repeat(np.arange(clients), row))
+    return _deal(examples, owner, clients, rng, holdout)
+
+
+def shards(
+    examples: Examples,
+    clients: int,
+    shards_per_client: int = 2,
+    seed: int = 0,
+    holdout: float = 0.0,
+) -> Partition:
+    """Each client gets `shards_per_client` runs of the examples sorted by label: about that many labels."""
+    rng = _generator("shards", seed)
+    if shards_per_client < 1:
+        raise ValueError(f"shards_per_client must be at least 1, got {shards_per_client}")
+    total = clients * shards_per_client
+    _check(examples, clients, total)
+    shuffled = rng.permutation(len(examples))
+    order = shuffled[np.argsort(_labels(examples, "shards")[shuffled], kind="stable")]
+    owner = np.empty(len(examples), np.int64)
+    owner[order] = rng.permutation(total)[np.arange(len(examples)) * total // len(examples)] % clients
+    return _deal(examples, owner, clients, rng, holdout)
+
+
+def by_key(
+    examples: Examples, keys: Sequence[str] | None = None, seed: int = 0, holdout: float = 0.0
+) -> Partition:
+    """One client per key (default: `examples.keys`), named by it and in the sorted order of the keys."""
+    rng = _generator("by_key", seed)
+    keys = examples.keys if keys is None else keys
+    if keys is None:
+        raise ValueError(
+            "by_key needs to know who owns each example: these examples have no keys. "
+            "Give keys=[...], one per example, or from_csv(..., client='column')"
+        )
+    if len(keys) != len(examples):
+        raise ValueError(f"there are {len(examples)} examples and {len(keys)} keys")
+    names = tuple(sorted(set(keys)))
+    _check(examples, len(names), len(names))
+    place = {name: i for i, name in enumerate(names)}
+    owner = np.fromiter((place[key] for key in keys), np.int64, len(keys))
+    return _deal(examples, owner, len(names), rng, holdout, tuple(map(str, names)))
+
+
+def _deal(
+    examples: Examples,
+    owner: np.ndarray,
+    clients: int,
+    rng: np.random.Generator,
+    holdout: float,
+    names: tuple[str, ...] | None = None,
+) -> Partition:
+    """A Partition from the client of each example, each client's examples in random order."""
+    if not 0 <= holdout < 1:
+        raise ValueError(f"holdout is a fraction of each client's examples, in [0, 1); got {holdout}")
+    shuffled = rng.permutation(len(owner))
+    index = shuffled[np.argsort(owner[shuffled], kind="stable")]
+    offsets = np.concatenate([[0], np.cumsum(np.bincount(owner, minlength=clients))])
+    return Partition(examples, torch.from_numpy(index), torch.from_numpy(offsets), holdout, names)
+
+
+def _shares(
+    totals: np.ndarray, clients: int, alpha: float, min_examples: int, rng: np.random.Generator
+) -> np.ndarray:
+    """Examples of each label for each client, shape (labels, clients); row sums are `totals`."""
+    for _ in range(_DRAWS):
+        shares = rng.dirichlet(np.full(clients, alpha), size=len(totals))
+        cuts = np.rint(np.cumsum(shares, axis=1) * totals[:, None]).astype(np.int64)
+        cuts[:, -1] = totals
+        counts = np.diff(cuts, axis=1, prepend=0)
+        if counts.sum(axis=0).min() >= min_examples:
+            return counts
+    raise ValueError(
+        f"no draw of {_DRAWS} gave each of {clients} clients {min_examples} examples at alpha={alpha}; "
+        "take fewer clients, a larger alpha, or a smaller min_examples (0 allows empty clients)"
+    )
+
+
+def _labels(examples: Examples, scheme: str) -> np.ndarray:
+    """The label of each example as 0, 1, ... in the order of the labels, shape (examples,)."""
+    y = examples.y
+    if y.ndim != 1 or y.is_floating_point() or y.is_complex():
+        raise ValueError(
+            f"{scheme} needs one integer label per example, got y of {y.dtype} and shape {tuple(y.shape)}; "
+            "use iid or by_key for other targets"
+        )
+    return np.unique(y.cpu().numpy(), return_inverse=True)[1]
+
+
+def _check(examples: Examples, clients: int, needed: int) -> None:
+    if clients < 1:
+        raise ValueError(f"a partition needs at least 1 client, got clients={clients}")
+    if needed > len(examples):
+        raise ValueError(f"{clients} clients need at least {needed} examples, and there are {len(examples)}")
+
+
+def _generator(scheme: str, seed: int) -> np.random.Generator:
+    if seed < 0:
+        raise ValueError(f"a seed is a whole number from 0 up, got {seed}")
+    return np.random.default_rng([seed, _SCHEMES.index(scheme)])

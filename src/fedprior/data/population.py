@@ -1,0 +1,123 @@
+"""Lazy populations: clients that are gathered, or made, when they are asked for.
+
+A `Partition` is one vector of positions into shared examples, client after client (as in a sparse matrix in CSR
+form), so a hundred thousand clients cost 8 bytes an example and 8 a client, and no Python object each.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from operator import index as as_int
+
+import torch
+from torch import Tensor
+
+from fedprior.core import Client, Examples, Population
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Partition:
+    """Examples dealt out to clients. Made by `iid`, `dirichlet`, `shards` and `by_key`.
+
+    Attributes:
+        examples: all the examples, shared by the clients.
+        index: positions in `examples`, client after client, shape (examples dealt,), int64.
+        offsets: client i has index[offsets[i] : offsets[i + 1]], shape (clients + 1,), int64.
+        holdout: the fraction of each client's examples, the last of its slice, that is held out.
+        names: the clients' names, or None for "client-0", "client-1", ...
+    """
+
+    examples: Examples
+    index: Tensor
+    offsets: Tensor
+    holdout: float = 0.0
+    names: tuple[str, ...] | None = None
+
+    def __len__(self) -> int:
+        return len(self.offsets) - 1
+
+    def __getitem__(self, index: int, /) -> Client:
+        i = _checked(index, len(self))
+        mine = self.index[self.offsets[i] : self.offsets[i + 1]]
+        train = len(mine) - self._held(len(mine))
+        held_out = self.examples.take(mine[train:]) if self.holdout else None
+        return Client(i, self.name(i), self.examples.take(mine[:train]), held_out)
+
+    def __iter__(self) -> Iterator[Client]:
+        return (self[i] for i in range(len(self)))
+
+    def __repr__(self) -> str:
+        sizes = self.offsets.diff()
+        spread = f", {int(sizes.min())} to {int(sizes.max())} each" if len(self) else ""
+        return f"Partition({len(self)} clients, {len(self.index)} examples{spread})"
+
+    def name(self, index: int) -> str:
+        """The name of a client, without gathering its examples."""
+        i = _checked(index, len(self))
+        return f"client-{i}" if self.names is None else self.names[i]
+
+    def size(self, index: int) -> int:
+        """The number of training examples of a client, without gathering them."""
+        i = _checked(index, len(self))
+        size = int(self.offsets[i + 1] - self.offsets[i])
+        return size - self._held(size)
+
+    def label_counts(self) -> Tensor:
+        """Examples (held-out ones too) by client and label, shape (clients, max label + 1), int64."""
+        labels = self.examples.y.cpu()[self.index]
+        classes = int(self.examples.y.max()) + 1
+        owner = torch.repeat_interleave(torch.arange(len(self)), self.offsets.diff())
+        counts = torch.bincount(owner * classes + labels, minlength=len(self) * classes)
+        return counts.reshape(len(self), classes)
+
+    def _held(self, size: int) -> int:
+        # a client always keeps an example to train on
+        return min(round(self.holdout * size), max(size - 1, 0))
+
+
+@dataclass(frozen=True)
+class LazyPopulation:
+    """`count` clients, of which client i is `make(i)`: from files, from a simulator, from anywhere."""
+
+    count: int
+    make: Callable[[int], Client]
+
+    def __post_init__(self) -> None:
+        if self.count < 1:
+            raise ValueError(f"a population needs at least 1 client, got count={self.count}")
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __getitem__(self, index: int, /) -> Client:
+        i = _checked(index, self.count)
+        client = self.make(i)
+        if not isinstance(client, Client):
+            raise TypeError(f"make({i}) must return a fedprior Client, got {type(client).__name__}")
+        if client.index != i:
+            raise ValueError(
+                f"make({i}) returned a client with index {client.index}; write Client(index={i}, ...), "
+                "since a client's index seeds its randomness"
+            )
+        return client
+
+
+def paired(train: Partition, test: Partition) -> LazyPopulation:
+    """The clients of `train`, each held out on the examples of the client of `test` with its name."""
+    place = {test.name(i): i for i in range(len(test))}
+    missing = [name for i in range(len(train)) if (name := train.name(i)) not in place]
+    if missing:
+        raise ValueError(f"{len(missing)} clients have no test examples, the first is {missing[0]!r}")
+
+    def make(i: int) -> Client:
+        return replace(train[i], held_out=test[place[train.name(i)]].train)
+
+    return LazyPopulation(len(train), make)
+
+
+def _checked(index: int, count: int) -> int:
+    i = as_int(index)
+    if not -count <= i < count:
+        raise IndexError(f"client {i} of a population of {count}")
+    return i % count

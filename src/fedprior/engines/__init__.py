@@ -1,0 +1,5 @@
+"""Engines: how a round's clients are run."""
+
+from fedprior.engines.sequential import Sequential
+
+__all__ = ["Sequential"]

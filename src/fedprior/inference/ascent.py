@@ -1,0 +1,60 @@
+"""The loop that the gradient E-steps share: mini-batch ascent on a bound, per example."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+from fedprior.core import Examples, Params
+from fedprior.objective import Objective
+from fedprior.rng import seeded_globals
+
+
+def batches(data: Examples, epochs: int, size: int | None, rng: torch.Generator) -> Iterator[Examples]:
+    """Each epoch in a new order; the last batch of an epoch may be smaller. A size of None is the whole set."""
+    for _ in range(epochs):
+        order = torch.randperm(len(data), generator=rng).to(data.x.device)
+        for index in order.split(size or len(data)):
+            yield data.take(index)
+
+
+def ascend(
+    bound: Callable[[Tensor, Tensor], Tensor],
+    data: Examples,
+    optimizers: Sequence[torch.optim.Optimizer],
+    epochs: int,
+    size: int | None,
+    rng: torch.Generator,
+    after_step: Callable[[], None] = lambda: None,
+) -> None:
+    """Maximise `bound(x, y)`, in nats per example, over what the optimisers hold."""
+    with seeded_globals(rng, data.x.device):
+        for batch in batches(data, epochs, size, rng):
+            for optimizer in optimizers:
+                optimizer.zero_grad()
+            (-bound(batch.x, batch.y)).backward()
+            for optimizer in optimizers:
+                optimizer.step()
+            after_step()
+
+
+def leaves(objective: Objective, params: Params) -> tuple[Params, list[Tensor]]:
+    """A working copy of the parameters, and those of its tensors that are trained."""
+    phi = {k: v.detach().clone().requires_grad_(k in objective.trainable) for k, v in params.items()}
+    return phi, [phi[k] for k in objective.trainable]
+
+
+def detached(params: Params) -> Params:
+    """The same values, outside of autograd."""
+    return {k: v.detach() for k, v in params.items()}
+
+
+def check_steps(lr: float, epochs: int, batch_size: int | None) -> None:
+    """Refuse what cannot be trained with."""
+    if lr <= 0 or epochs < 1 or (batch_size is not None and batch_size < 1):
+        raise ValueError(
+            f"need lr > 0, epochs >= 1 and batch_size >= 1 (or None), got lr={lr}, epochs={epochs}, "
+            f"batch_size={batch_size}"
+        )

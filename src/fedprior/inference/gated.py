@@ -1,0 +1,117 @@
+r"""A point in the weights and a Bernoulli gate per unit, trained together through hard-concrete gates.
+
+    u ~ U(0, 1);  s = sigmoid((log u - log(1-u) + log_alpha) / T);  z = clip(s (zeta - gamma) + gamma, 0, 1)
+    pi = P(z > 0) = sigmoid(log_alpha - T log(-gamma / zeta))
+    maximise  (1/N_s) sum_i E_z[ log p(y_i | f(x_i; phi * z)) ] + (1/N_s) log_prob(eta, E_q[T])
+
+by SGD on phi and Adam on log_alpha, with one draw of z a mini-batch; pi starts at theta. The entropy of q(z)
+is dropped (the hard-EM limit), so log_alpha is clamped to [log 0.01, log 100]. At the end every gate is drawn
+once, z ~ Bernoulli(pi): the client sends only the weights of open units, and the M-step stays unbiased.
+
+    paper   code          shape
+    pi      keep          group -> (units,)
+
+Louizos, Welling, Kingma 2018, arXiv:1712.01312, section 2.2 (gates); Louizos et al. 2021, arXiv:2111.10192.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fedprior import posteriors, structure, tree
+from fedprior.core import Client, Eta, Params
+from fedprior.inference.ascent import ascend, check_steps, detached, leaves
+from fedprior.objective import Objective
+
+GAMMA, ZETA, TEMPERATURE = -0.1, 1.1, 2 / 3
+_SHIFT = TEMPERATURE * math.log(-GAMMA / ZETA)
+_BOUND = math.log(100)
+
+
+def keep_probability(log_alpha: Tensor) -> Tensor:
+    """P(z > 0)."""
+    return torch.sigmoid(log_alpha - _SHIFT)
+
+
+def log_alpha_for(keep: Tensor) -> Tensor:
+    """The inverse of `keep_probability`, within the clamp."""
+    return (torch.logit(keep, eps=1e-6) + _SHIFT).clamp(-_BOUND, _BOUND)
+
+
+def hard_concrete(log_alpha: Tensor, u: Tensor) -> Tensor:
+    """z for uniform noise u in (0, 1)."""
+    s = torch.sigmoid((torch.logit(u) + log_alpha) / TEMPERATURE)
+    return (s * (ZETA - GAMMA) + GAMMA).clamp(0, 1)
+
+
+@dataclass(frozen=True)
+class Gated:
+    """SGD on the weights, Adam on the gates.
+
+    Attributes:
+        lr: learning rate of the weights, for a loss in nats per example.
+        epochs: passes over the client's examples.
+        batch_size: examples a step; None for all of them.
+        gate_lr: Adam's learning rate for log_alpha.
+        draw: send one draw of the gates (sparse, unbiased) rather than their probabilities (dense).
+    """
+
+    lr: float
+    epochs: int = 1
+    batch_size: int | None = 20
+    gate_lr: float = 0.05
+    draw: bool = True
+
+    def __post_init__(self) -> None:
+        check_steps(self.lr, self.epochs, self.batch_size)
+
+    def start(self, prior: Any, eta: Eta) -> posteriors.Gated:
+        """The prior's weights and gate probabilities."""
+        if not hasattr(prior, "groups"):
+            raise TypeError(
+                f"inference.Gated needs a prior with gates, and {type(prior).__name__} has none. "
+                "Use the prior SpikeSlab(lambda_0=...), or inference.Point(lr=...)."
+            )
+        return posteriors.Gated(prior.point(eta), eta.keep, eta.keep)
+
+    def e_step(
+        self, objective: Objective, prior: Any, eta: Eta, client: Client, state: Params | None, rng: torch.Generator
+    ) -> tuple[Any, Params | None]:
+        """A few epochs from the prior's weights and gates; no personal state."""
+        phi, trained = leaves(objective, prior.point(eta))
+        alive = tree.map(lambda k: (k > 0).to(k), eta.keep)
+        log_alpha = tree.map(lambda k: log_alpha_for(k).requires_grad_(), eta.keep)
+        examples = len(client.train)
+
+        def keep() -> Params:
+            return tree.map(lambda a, on: keep_probability(a) * on, log_alpha, alive)
+
+        def bound(x: Tensor, y: Tensor) -> Tensor:
+            z = {g: hard_concrete(a, uniform(a, rng)) * alive[g] for g, a in log_alpha.items()}
+            pi = keep()
+            prior_term = prior.log_prob(eta, prior.stats(posteriors.Gated(phi, pi, pi)))
+            return objective.log_lik(structure.close_gates(prior.groups, z, phi), x, y) + prior_term / examples
+
+        def clamp() -> None:
+            for a in log_alpha.values():
+                a.data.clamp_(-_BOUND, _BOUND)
+
+        optimizers = [
+            torch.optim.SGD(trained, lr=self.lr),
+            torch.optim.Adam(list(log_alpha.values()), lr=self.gate_lr),
+        ]
+        objective.train()
+        ascend(bound, client.train, optimizers, self.epochs, self.batch_size, rng, clamp)
+        pi = detached(keep())
+        gate = tree.map(lambda k: (uniform(k, rng) < k).to(k), pi) if self.draw else pi
+        return posteriors.Gated(detached(phi), pi, gate), state
+
+
+def uniform(like: Tensor, rng: torch.Generator) -> Tensor:
+    """Noise in (0, 1), drawn on the CPU so that every device sees the same."""
+    return torch.rand(like.shape, generator=rng, dtype=like.dtype).clamp(1e-6, 1 - 1e-6).to(like.device)

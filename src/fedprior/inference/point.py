@@ -1,0 +1,69 @@
+r"""Hard EM: the posterior is a point, found by a few epochs of SGD from the prior's own point.
+
+    maximise  (1/N_s) sum_i log p(y_i | f(x_i; phi)) + (1/N_s) log p(phi | eta)
+
+A truncated search acts as a prior of its own, which is why FedAvg trains at precision 0.
+McMahan et al. 2017, arXiv:1602.05629, Algorithm 1 (ClientUpdate).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fedprior import posteriors
+from fedprior.core import Client, Eta, Params, Prior
+from fedprior.inference.ascent import ascend, check_steps, detached, leaves
+from fedprior.objective import Objective
+
+
+@dataclass(frozen=True)
+class Point:
+    """SGD, or any PyTorch optimiser.
+
+    Attributes:
+        lr: learning rate, for a loss in nats per example.
+        epochs: passes over the client's examples.
+        batch_size: examples a step; None for all of them.
+        momentum: of SGD.
+        optimizer: tensors -> torch.optim.Optimizer, instead of SGD(lr, momentum).
+    """
+
+    lr: float
+    epochs: int = 1
+    batch_size: int | None = 20
+    momentum: float = 0.0
+    optimizer: Callable[[list[Tensor]], torch.optim.Optimizer] | None = None
+
+    def __post_init__(self) -> None:
+        check_steps(self.lr, self.epochs, self.batch_size)
+
+    def start(self, prior: Prior, eta: Eta) -> posteriors.Point:
+        """The prior's point."""
+        return posteriors.Point(prior.point(eta))
+
+    def e_step(
+        self,
+        objective: Objective,
+        prior: Prior,
+        eta: Eta,
+        client: Client,
+        state: Params | None,
+        rng: torch.Generator,
+    ) -> tuple[Any, Params | None]:
+        """A few epochs from the prior's point; no personal state."""
+        phi, trained = leaves(objective, prior.point(eta))
+        q = posteriors.Point(phi)
+        examples = len(client.train)
+
+        def bound(x: Tensor, y: Tensor) -> Tensor:
+            return objective.log_lik(phi, x, y) + prior.log_prob(eta, prior.stats(q)) / examples
+
+        make = self.optimizer or (lambda p: torch.optim.SGD(p, lr=self.lr, momentum=self.momentum))
+        objective.train()
+        ascend(bound, client.train, [make(trained)], self.epochs, self.batch_size, rng)
+        return posteriors.Point(detached(phi)), state

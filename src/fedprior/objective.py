@@ -1,0 +1,114 @@
+r"""The training objective: a model and the log-likelihood of one example under it.
+
+    log p(D_s | phi) = sum_i log p(y_i | f(x_i; phi))      over the client's N_s examples, in nats
+
+An E-step works on mini-batches, hence with the mean log-likelihood of a batch, and divides the terms of
+the prior by N_s: both sides are then nats per example, and the balance is that of the sum.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fedprior.core import Params
+
+PerExample = Callable[[Tensor, Tensor], Tensor]
+"""(outputs (n, ...), targets (n, ...)) -> (n,)."""
+
+
+@dataclass(frozen=True)
+class Loss:
+    """What the outputs of a model mean.
+
+    Attributes:
+        log_lik: log-likelihood of each example in nats, (outputs, targets) -> (n,).
+        scores: further quantities whose mean over examples is reported, e.g. accuracy.
+    """
+
+    log_lik: PerExample
+    scores: Mapping[str, PerExample] = field(default_factory=dict)
+
+
+def _categorical(logits: Tensor, y: Tensor) -> Tensor:
+    """Class logits (n, classes), or (n, positions, classes), whose positions are summed."""
+    if logits.ndim == 2:
+        return -F.cross_entropy(logits, y, reduction="none")
+    return -F.cross_entropy(logits.flatten(0, -2), y.flatten(), reduction="none").view(y.shape).flatten(1).sum(1)
+
+
+def _hits(logits: Tensor, y: Tensor) -> Tensor:
+    return (logits.argmax(-1) == y).to(torch.float32).flatten(1 if y.ndim > 1 else 0).reshape(len(y), -1).mean(1)
+
+
+def _squared_error(outputs: Tensor, y: Tensor) -> Tensor:
+    if outputs.shape != y.shape:
+        raise ValueError(
+            f"outputs have shape {tuple(outputs.shape)} and targets {tuple(y.shape)}: give both the same shape"
+        )
+    return (outputs - y).square().reshape(len(y), -1).sum(1)
+
+
+def _gaussian(outputs: Tensor, y: Tensor) -> Tensor:
+    """Unit variance, without the constant."""
+    return -0.5 * _squared_error(outputs, y)
+
+
+LOSSES: Mapping[str, Loss] = {
+    "classification": Loss(_categorical, {"accuracy": _hits}),
+    "regression": Loss(_gaussian, {"squared_error": _squared_error}),
+}
+
+
+def as_loss(loss: str | Loss | PerExample) -> Loss:
+    """A name of LOSSES, a Loss, or a bare per-example log-likelihood."""
+    if isinstance(loss, str):
+        if loss not in LOSSES:
+            raise ValueError(f"unknown loss {loss!r}; known: {', '.join(LOSSES)}, or pass a fedprior.Loss")
+        return LOSSES[loss]
+    return loss if isinstance(loss, Loss) else Loss(loss)
+
+
+class Objective:
+    """A model as a function of its parameters, and the log-likelihood of its outputs.
+
+    Floating-point buffers (running means of batch norm) are part of Params: they are averaged like
+    parameters, but no gradient reaches them. The module given is copied and never changed.
+    """
+
+    def __init__(self, model: nn.Module, loss: str | Loss | PerExample = "classification") -> None:
+        self.loss = as_loss(loss)
+        self.model = copy.deepcopy(model)
+        self.trainable = tuple(name for name, p in self.model.named_parameters() if p.requires_grad)
+        parameters = dict(self.model.named_parameters())
+        self.buffers = frozenset(name for name in self.params() if name not in parameters)
+        self._counters = {k: b.clone() for k, b in self.model.named_buffers() if not b.is_floating_point()}
+
+    def params(self) -> Params:
+        """A copy of the model's parameters and floating-point buffers."""
+        named = [*self.model.named_parameters(), *self.model.named_buffers()]
+        return {name: value.detach().clone() for name, value in named if value.is_floating_point()}
+
+    def train(self, mode: bool = True) -> None:
+        """Switch layers such as dropout and batch norm."""
+        self.model.train(mode)
+
+    def outputs(self, phi: Params, x: Tensor) -> Tensor:
+        """f(x; phi). In training mode the buffers in `phi` are updated in place."""
+        counters = {name: value.clone() for name, value in self._counters.items()}
+        return torch.func.functional_call(self.model, {**phi, **counters}, (x,))
+
+    def log_lik(self, phi: Params, x: Tensor, y: Tensor) -> Tensor:
+        """Mean log-likelihood per example of a batch, in nats; an E-step's gradient comes from here."""
+        return self.loss.log_lik(self.outputs(phi, x), y).mean()
+
+    def module(self, phi: Params) -> nn.Module:
+        """A copy of the model with the parameters `phi`, in evaluation mode."""
+        model = copy.deepcopy(self.model).eval()
+        model.load_state_dict({**model.state_dict(), **phi})
+        return model

@@ -1,0 +1,48 @@
+"""A client's posterior q(phi_s): what an E-step returns and `prior.stats` reads."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from fedprior import tree
+from fedprior.core import Params
+
+
+@dataclass(frozen=True)
+class Point:
+    """All mass on one value (hard EM).
+
+    Attributes:
+        phi: the value, shapes as the parameters.
+    """
+
+    phi: Params
+
+    def mean(self) -> Params:
+        """E[phi]."""
+        return self.phi
+
+    def second_moment(self) -> Params:
+        """E[phi^2], elementwise."""
+        return tree.map(torch.square, self.phi)
+
+
+@dataclass(frozen=True)
+class Gated:
+    """A point in the weights and a Bernoulli gate per unit: q(z_g = 1) = keep_g.
+
+    Attributes:
+        phi: the weights given that their gates are open, shapes as the parameters.
+        keep: group -> (units,) probabilities.
+        gate: group -> (units,) E[z]: `keep` itself, or one draw z ~ keep, which is unbiased and sparse.
+    """
+
+    phi: Params
+    keep: Params
+    gate: Params
+
+    def mean(self) -> Params:
+        """The weights given open gates (the mode of q)."""
+        return self.phi

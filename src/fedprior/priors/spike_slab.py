@@ -1,0 +1,148 @@
+r"""Spike and slab: clients share which units are alive (FedSparse).
+
+    z_sg ~ Bernoulli(theta_g)                            one gate per unit g (a filter, a neuron)
+    z_sj = product of z_sg over the groups g that hold entry j          (structure.py)
+    phi_sj | z_sj = 1 ~ N(w_j, 1/precision),  phi_sj | z_sj = 0 ~ N(0, 1/spike_precision)
+
+    q(z_sg) = Bernoulli(pi_sg),  q(phi | z = 1) a point;  as its width goes to 0,
+    log_prob = - lambda_0 sum_j z_j - (precision/2) sum_j z_j (phi_j - w_j)^2
+               + sum_g [ pi_g log theta_g + (1 - pi_g) log(1 - theta_g) ]
+    lambda_0 = (1/2) log(spike_precision / precision)    the price of one live parameter, in nats
+    T = (pi, z, z phi, z phi^2);   M-step  theta_g = sum pi_g / S,   w_j = sum z_j phi_j / sum z_j
+
+    paper    code        shape                          paper    code      shape
+    w        eta.mean    as the parameters              pi       t.keep    group -> (units,), sums over clients
+    theta    eta.keep    group -> (units,)              z_j      t.z       broadcasts to the parameters
+    S        t.clients   scalar
+
+Louizos et al. 2021, arXiv:2111.10192, sections 3 and 4: the paper's prior has one gate per parameter group;
+that an entry between two gated layers needs both of its units, and so is priced as one live parameter that
+either may close, is ours. With groups that do not overlap the two are the same.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from fedprior import structure, tree
+from fedprior.core import Params, Stats
+from fedprior.structure import Group
+
+_TINY = 1e-12
+
+
+@dataclass(frozen=True)
+class SpikeSlab:
+    """A gate per unit, and weights that are shared while it is open.
+
+    Attributes:
+        lambda_0: price of a live parameter, in nats per client's data set.
+        precision: pull of an open weight towards the server's; 0 is flat.
+        keep: theta at the start.
+        threshold: a unit with theta below it is removed for good; a group keeps its best unit.
+        clamp: theta stays in [clamp, 1 - clamp]: at 0 or 1 the log-odds are infinite.
+        groups: the model's units; empty until `bind` finds them.
+    """
+
+    lambda_0: float
+    precision: float = 0.0
+    keep: float = 0.9
+    threshold: float = 0.1
+    clamp: float = 1e-3
+    groups: tuple[Group, ...] = ()
+    uplink = ("keep", "z", "z_phi")
+
+    class Eta(NamedTuple):
+        """Shared weights, and the probability that a unit is alive (0: removed for good)."""
+
+        mean: Params
+        keep: Params
+
+    def __post_init__(self) -> None:
+        if not (0 < self.clamp < 0.5 and self.clamp <= self.threshold < self.keep < 1):
+            raise ValueError(
+                "SpikeSlab needs 0 < clamp <= threshold < keep < 1 and clamp < 0.5, "
+                f"got clamp={self.clamp}, threshold={self.threshold}, keep={self.keep}"
+            )
+        if not (math.isfinite(self.lambda_0) and 0 <= self.precision < math.inf):
+            raise ValueError(
+                f"lambda_0 must be finite and precision >= 0, got lambda_0={self.lambda_0}, precision={self.precision}"
+            )
+
+    @classmethod
+    def from_precisions(cls, precision: float, spike_precision: float, **fields: Any) -> SpikeSlab:
+        """The prior whose spike has this precision: lambda_0 = (1/2) log(spike_precision / precision)."""
+        return cls(lambda_0=0.5 * math.log(spike_precision / precision), precision=precision, **fields)
+
+    def bind(self, model: nn.Module, x: Tensor) -> SpikeSlab:
+        """The same prior with the groups of a model."""
+        return self if self.groups else replace(self, groups=structure.groups(model, x))
+
+    def init(self, params: Params) -> Eta:
+        """All units alive with probability `keep`."""
+        like = next(iter(params.values()))
+        return self.Eta(params, {g.name: like.new_full((g.units,), self.keep) for g in self.groups})
+
+    def stats(self, q: Any) -> Stats:
+        """Expected gates, and weights times the gates that hold them."""
+        if not hasattr(q, "gate"):
+            raise TypeError(
+                f"SpikeSlab needs a posterior with gates, and {type(q).__name__} has none. "
+                "Use inference.Gated(lr=..., epochs=...), or the prior Gaussian if you want no gates."
+            )
+        z = structure.alive(self.groups, q.gate, q.phi)
+        z_phi = tree.map(torch.mul, z, q.phi)
+        return Stats({"keep": q.keep, "z": z, "z_phi": z_phi, "z_phi_sq": tree.map(torch.mul, z_phi, q.phi)})
+
+    def log_prob(self, eta: Eta, t: Stats) -> Tensor:
+        """The three terms of the module docstring, summed over clients."""
+
+        def gates(theta: Tensor, keep: Tensor) -> Tensor:
+            return keep * theta.clamp(min=_TINY).log() + (t.clients - keep) * (-theta).clamp(min=_TINY - 1).log1p()
+
+        def square(w: Tensor, z: Tensor, z_phi: Tensor, z_phi_sq: Tensor) -> Tensor:
+            return z_phi_sq - 2 * w * z_phi + z * w**2
+
+        value = tree.total(tree.map(gates, eta.keep, t["keep"])) - self.lambda_0 * self._live(eta, t["z"])
+        if self.precision == 0:
+            return value
+        squares = tree.total(tree.map(square, eta.mean, t["z"], t["z_phi"], t["z_phi_sq"]))
+        return value - 0.5 * self.precision * squares
+
+    def _live(self, eta: Eta, z: Params) -> Tensor:
+        """sum_j z_j: the expected number of live parameters."""
+        return tree.total({k: v.sum() * (eta.mean[k].numel() // v.numel()) for k, v in z.items()})
+
+    def m_step(self, eta: Eta, t: Stats) -> Eta:
+        """Ratio of sums; a weight that no client kept stays."""
+
+        def mean(w: Tensor, z: Tensor, z_phi: Tensor) -> Tensor:
+            return torch.where(z > 0, z_phi / z.clamp(min=_TINY), w)
+
+        keep = tree.map(lambda keep: keep / t.clients, t["keep"])
+        return self.Eta(tree.map(mean, eta.mean, t["z"], t["z_phi"]), keep)
+
+    def point(self, eta: Eta) -> Params:
+        """The shared weights; those of removed units are zero."""
+        return eta.mean
+
+    def project(self, eta: Eta) -> Eta:
+        """Remove units below the threshold for good, clamp theta of the rest, zero what the removed ones hold."""
+
+        def prune(theta: Tensor) -> Tensor:
+            alive = theta >= self.threshold
+            alive = alive | (~alive.any() & (theta == theta.max()))
+            return torch.where(alive, theta.clamp(self.clamp, 1 - self.clamp), torch.zeros_like(theta))
+
+        keep = tree.map(prune, eta.keep)
+        z = structure.alive(self.groups, tree.map(lambda k: (k > 0).to(k), keep), eta.mean)
+        return self.Eta(tree.map(torch.mul, eta.mean, z), keep)
+
+    def parameters_left(self, eta: Eta) -> int:
+        """Parameters that no removed unit holds."""
+        return structure.count_alive(structure.alive(self.groups, eta.keep, eta.mean), eta.mean)

@@ -1,0 +1,52 @@
+"""A progress bar with accuracy, bytes and time left."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+from fedprior.records import Round
+
+
+class Progress:
+    """A rich bar on stderr, or nothing.
+
+    Args:
+        name: of the algorithm.
+        rounds: the total.
+        show: None shows it if stderr is a terminal.
+        done: the rounds before a resume.
+    """
+
+    def __init__(self, name: str, rounds: int, show: bool | None, done: Sequence[Round]) -> None:
+        self._show = sys.stderr.isatty() if show is None else show
+        self._name, self._rounds, self._done = name, rounds, len(done)
+        self._bytes = sum(r.bytes_up + r.bytes_down for r in done)
+        self._bar: Any = None
+        self._task: Any = None
+
+    def __enter__(self) -> Progress:
+        if self._show:
+            from rich.console import Console
+            from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+            from rich.progress import Progress as Bar
+
+            text = TextColumn("{task.description}"), TextColumn("{task.fields[seen]}")
+            columns = (text[0], BarColumn(), MofNCompleteColumn(), text[1], TimeElapsedColumn(), TimeRemainingColumn())
+            self._bar = Bar(*columns, console=Console(stderr=True)).__enter__()
+            self._task = self._bar.add_task(self._name, total=self._rounds, completed=self._done, seen="")
+        return self
+
+    def update(self, record: Round) -> None:
+        """One more round."""
+        self._bytes += record.bytes_up + record.bytes_down
+        if self._bar is not None:
+            seen = " ".join(f"{k} {v:.4f}" for k, v in record.metrics.items())
+            lost = len(record.lost())
+            seen += f" {self._bytes / 1e6:.1f} MB" + (f" ({lost} clients lost)" if lost else "")
+            self._bar.update(self._task, advance=1, seen=seen.strip())
+
+    def __exit__(self, *error: object) -> None:
+        if self._bar is not None:
+            self._bar.__exit__(None, None, None)

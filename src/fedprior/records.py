@@ -1,0 +1,124 @@
+"""What happened in each round, as plain data: JSON Lines, written as it happens."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+Status = Literal["ok", "dropped", "late", "rejected"]
+
+
+@dataclass(frozen=True)
+class ClientRecord:
+    """One client in one round; bytes are lengths of payloads.
+
+    Attributes:
+        client: its name.
+        status: "ok"; "dropped" (never answered) or "late" (after the deadline), both simulated; "rejected", its
+            payload was refused for `reason`.
+    """
+
+    index: int
+    client: str
+    status: Status
+    examples: int
+    bytes_down: int
+    bytes_up: int
+    seconds: float
+    reason: str = ""
+
+
+@dataclass(frozen=True)
+class Round:
+    """One round.
+
+    Attributes:
+        number: from 1.
+        metrics: of the model after the round on the test set: nats, accuracy, ...; empty if not evaluated.
+        parameters_left: live parameters after the round.
+        seconds: wall time of the round without its evaluation, `seconds_evaluate` that of the evaluation.
+    """
+
+    number: int
+    bytes_down: int
+    bytes_up: int
+    parameters_left: int
+    seconds: float
+    seconds_evaluate: float
+    metrics: dict[str, float] = field(default_factory=dict)
+    clients: tuple[ClientRecord, ...] = ()
+
+    def to_json(self) -> str:
+        """One line."""
+        return json.dumps(asdict(self), separators=(",", ":"))
+
+    @classmethod
+    def from_json(cls, line: str) -> Round:
+        """The inverse of `to_json`."""
+        fields: dict[str, Any] = json.loads(line)
+        fields["clients"] = tuple(ClientRecord(**c) for c in fields["clients"])
+        return cls(**fields)
+
+    def lost(self) -> list[ClientRecord]:
+        """The clients whose statistics are not in the sum."""
+        return [c for c in self.clients if c.status != "ok"]
+
+
+def write_atomically(path: Path, data: bytes) -> None:
+    """All of the file or none of it, also when the machine dies: a neighbour, synced and renamed."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    with temporary.open("wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(path)
+    folder = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.fsync(folder)
+    finally:
+        os.close(folder)
+
+
+class RecordFile:
+    """An append-only file of rounds, cut back to its valid beginning on opening.
+
+    Args:
+        path: the JSON Lines file.
+        last: rounds after this one (from a run that was stopped) are cut off.
+    """
+
+    def __init__(self, path: Path, last: int) -> None:
+        self.rounds = [r for r in read(path) if r.number <= last]
+        write_atomically(path, "".join(r.to_json() + "\n" for r in self.rounds).encode())
+        self._file = path.open("a", encoding="utf-8")
+
+    def append(self, record: Round) -> None:
+        """Write one round."""
+        self._file.write(record.to_json() + "\n")
+        self._file.flush()
+
+    def close(self) -> None:
+        """Close the file."""
+        self._file.close()
+
+
+def read(path: Path) -> list[Round]:
+    """The rounds of a file; a last line that was torn by a crash is left out."""
+    if not path.exists():
+        return []
+    lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+    return list(_parse(path, lines))
+
+
+def _parse(path: Path, lines: list[str]) -> Iterable[Round]:
+    for position, line in enumerate(lines):
+        try:
+            yield Round.from_json(line)
+        except (json.JSONDecodeError, KeyError, TypeError) as error:
+            if position == len(lines) - 1 and not line.endswith("\n"):
+                return
+            raise ValueError(f"{path}: line {position + 1} is not a round's record: {error}") from error

@@ -1,0 +1,109 @@
+"""What a run gives back."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import nn
+
+from fedprior import tree
+from fedprior.algorithm import Algorithm
+from fedprior.core import Eta, Params, Population
+from fedprior.metrics import evaluate_clients
+from fedprior.objective import Objective
+from fedprior.records import Round
+
+
+@dataclass(frozen=True)
+class Result:
+    """A finished run.
+
+    Attributes:
+        algorithm: as it ran (bound to the model).
+        objective: the model's architecture and its loss.
+        eta: the prior's parameters after the last round.
+        history: one record a round, with one record a client in each.
+    """
+
+    algorithm: Algorithm
+    objective: Objective
+    eta: Eta
+    history: list[Round]
+
+    @property
+    def params(self) -> Params:
+        """The model's parameters: prior.point(eta)."""
+        return self.algorithm.prior.point(self.eta)
+
+    def model(self) -> nn.Module:
+        """A copy of the model with these parameters, in evaluation mode."""
+        return self.objective.module(self.params)
+
+    @property
+    def metrics(self) -> dict[str, float]:
+        """Of the newest evaluated round; empty if there was no test set."""
+        return next((r.metrics for r in reversed(self.history) if r.metrics), {})
+
+    @property
+    def accuracy(self) -> float:
+        """Test accuracy in [0, 1]; nan if it was not measured."""
+        return self.metrics.get("accuracy", float("nan"))
+
+    @property
+    def nats(self) -> float:
+        """Test negative log-likelihood per example; nan if it was not measured."""
+        return self.metrics.get("nats", float("nan"))
+
+    @property
+    def bytes_up(self) -> int:
+        """Payload bytes from all clients, all rounds."""
+        return sum(r.bytes_up for r in self.history)
+
+    @property
+    def bytes_down(self) -> int:
+        """Payload bytes to all clients, all rounds."""
+        return sum(r.bytes_down for r in self.history)
+
+    @property
+    def parameters(self) -> int:
+        """Entries of the model, its floating-point buffers included."""
+        return tree.size(self.params)
+
+    @property
+    def parameters_left(self) -> int:
+        """Those that are alive."""
+        return self.algorithm.parameters_left(self.eta)
+
+    @property
+    def seconds(self) -> float:
+        """Wall time of all rounds and their evaluations, those before a resume included."""
+        return sum(r.seconds + r.seconds_evaluate for r in self.history)
+
+    def per_client(self, clients: Population, limit: int = 1000) -> list[dict[str, float | str]]:
+        """The final model on each of the first `limit` clients: held-out examples, else training examples."""
+        chosen = (clients[i] for i in range(min(limit, len(clients))))
+        return evaluate_clients(self.objective, self.params, chosen)
+
+    def row(self) -> dict[str, str | float | int]:
+        """The numbers of a comparison: one line of results.json."""
+        return {
+            "algorithm": self.algorithm.name,
+            **({"accuracy": self.accuracy} if "accuracy" in self.metrics else {}),
+            "nats": self.nats,
+            "bytes_up": self.bytes_up,
+            "bytes_down": self.bytes_down,
+            "parameters": self.parameters,
+            "parameters_left": self.parameters_left,
+            "seconds": self.seconds,
+            "rounds": len(self.history),
+        }
+
+    def summary(self) -> str:
+        """One line for people; MB are 10^6 bytes."""
+        metrics = ", ".join(f"{k} {v:.4f}" for k, v in self.metrics.items()) or "not evaluated"
+        left = 100 * self.parameters_left / self.parameters
+        return (
+            f"{self.algorithm.name}: {metrics}; {self.bytes_up / 1e6:.2f} MB up, {self.bytes_down / 1e6:.2f} MB down, "
+            f"{self.parameters_left:,} of {self.parameters:,} parameters left ({left:.1f} %), "
+            f"{len(self.history)} rounds in {self.seconds:.1f} s"
+        )

@@ -1,0 +1,36 @@
+"""Randomness by name: every generator derives from (seed, names...), so any order, engine or resumed run
+draws the same numbers. PyTorch's and NumPy's global generators are left as they were found."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import numpy as np
+import torch
+
+
+def derive(seed: int, *names: int | str) -> int:
+    """A 63-bit seed from a seed and any names: generator(0, round, client, "e_step")."""
+    text = "\0".join([str(seed), *(f"{type(name).__name__}:{name}" for name in names)])
+    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big") >> 1
+
+
+def generator(seed: int, *names: int | str) -> torch.Generator:
+    """A PyTorch generator (CPU) of its own for these names."""
+    return torch.Generator().manual_seed(derive(seed, *names))
+
+
+def numpy_generator(seed: int, *names: int | str) -> np.random.Generator:
+    """A NumPy generator of its own for these names."""
+    return np.random.default_rng(derive(seed, *names))
+
+
+@contextmanager
+def seeded_globals(rng: torch.Generator, device: str | torch.device = "cpu") -> Iterator[None]:
+    """Layers such as dropout draw from PyTorch's global generator: lend it a seed, then give it back."""
+    cuda = [torch.device(device)] if torch.device(device).type == "cuda" else []
+    with torch.random.fork_rng(devices=cuda):
+        torch.random.manual_seed(int(torch.randint(2**62, (), generator=rng)))  # noqa: TID251
+        yield

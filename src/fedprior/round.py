@@ -1,0 +1,136 @@
+"""One round's work: the client's side and the server's side of the wire, as an engine runs them."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, field
+from functools import cached_property
+
+from fedprior import tree
+from fedprior.algorithm import Algorithm
+from fedprior.codecs import PayloadError
+from fedprior.cohort import Availability
+from fedprior.core import Client, Eta, Params, Population, Schema, Stats
+from fedprior.objective import Objective
+from fedprior.records import ClientRecord, Status
+from fedprior.rng import generator
+from fedprior.store import ClientStore
+
+
+@dataclass(frozen=True)
+class Upload:
+    """What comes back from a client: a payload, or the reason why there is none.
+
+    The personal state does not travel in a real federation; here it is handed to the store.
+    """
+
+    index: int
+    client: str
+    examples: int
+    status: Status
+    payload: bytes = b""
+    state: Params | None = None
+    seconds: float = 0.0
+
+
+@dataclass
+class RoundWork:
+    """Round `number`, from the encoded eta to the sum's terms.
+
+    Attributes:
+        down: the payload that every client of the cohort receives.
+        down_schema: what eta's message looks like.
+        up_schema: what a client's message must look like.
+        records: filled by `receive`, one a client.
+    """
+
+    algorithm: Algorithm
+    objective: Objective
+    population: Population
+    store: ClientStore
+    availability: Availability
+    seed: int
+    number: int
+    like: Eta
+    down: bytes
+    down_schema: Schema
+    up_schema: Schema
+    device: str = "cpu"
+    records: list[ClientRecord] = field(default_factory=list)
+
+    @cached_property
+    def eta(self) -> Eta:
+        """eta as the clients see it: decoded, once per process."""
+        message, _ = self.algorithm.codec.decode(self.down, self.down_schema)
+        return tree.unflatten(self.like, {k: v.to(self.device) for k, v in message.items()})
+
+    def client(self, index: int) -> Upload:
+        """Receive, train, send."""
+        client = self.population[index]
+        examples = len(client.train)
+        status = self.availability.status(self.seed, self.number, index, examples)
+        if status != "ok":
+            return Upload(index, client.name, examples, status)
+        started = time.perf_counter()
+        try:
+            payload, state = self._train(client)
+        except Exception as error:
+            error.add_note(f"in round {self.number}, client {client.name!r} (index {index}), seed {self.seed}")
+            raise
+        return Upload(index, client.name, examples, "ok", payload, state, time.perf_counter() - started)
+
+    def _train(self, client: Client) -> tuple[bytes, Params | None]:
+        """The E-step and the encoded statistics."""
+        if len(client.train) == 0:
+            raise ValueError(f"client {client.name!r} has no training examples: leave it out of the population")
+        on_device = Client(client.index, client.name, client.train.to(self.device), client.held_out)
+        rng = generator(self.seed, self.number, client.index, "e_step")
+        state = self.store.load(client.index)
+        algorithm = self.algorithm
+        q, state = algorithm.inference.e_step(self.objective, algorithm.prior, self.eta, on_device, state, rng)
+        stats = algorithm.message(self.eta, q).weighted(algorithm.weight(client))
+        return algorithm.codec.encode(flat(stats), stats.clients), state
+
+    def receive(self, upload: Upload) -> Stats | None:
+        """Decode and check; a payload that is refused is recorded with the reason, and the round goes on."""
+        status, reason, stats = upload.status, "", None
+        if upload.state is not None:
+            self.store.save(upload.index, self.number, upload.state)
+        if status == "ok":
+            try:
+                stats = self._decode(upload)
+            except PayloadError as error:
+                status, reason = "rejected", str(PayloadError(error.reason, upload.client))
+        self.records.append(
+            ClientRecord(
+                upload.index,
+                upload.client,
+                status,
+                upload.examples,
+                len(self.down),
+                len(upload.payload),
+                upload.seconds,
+                reason,
+            )
+        )
+        return stats
+
+    def _decode(self, upload: Upload) -> Stats:
+        message, clients = self.algorithm.codec.decode(upload.payload, self.up_schema)
+        if clients <= 0:
+            raise PayloadError(f"count of clients is {clients}, and an upload stands for at least one")
+        return unflat({k: v.to(self.device) for k, v in message.items()}, clients)
+
+
+def flat(stats: Stats) -> Params:
+    """Statistics as one message: {"term/name": tensor}."""
+    return {f"{term}/{name}": v for term, params in stats.terms.items() for name, v in params.items()}
+
+
+def unflat(message: Params, clients: float) -> Stats:
+    """The inverse of `flat`."""
+    terms: dict[str, Params] = {}
+    for key, value in message.items():
+        term, name = key.split("/", 1)
+        terms.setdefault(term, {})[name] = value
+    return Stats(terms, clients)

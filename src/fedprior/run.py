@@ -1,0 +1,265 @@
+"""The loop over rounds: run(algorithm, model, clients, rounds=..., cohort=...) -> Result."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from fedprior import checkpoint, tree
+from fedprior.algorithm import Algorithm
+from fedprior.codecs import schema_of
+from fedprior.cohort import Availability, sample
+from fedprior.core import Client, Engine, Eta, Examples, Params, Population, Schema
+from fedprior.engines import Sequential
+from fedprior.metrics import evaluate
+from fedprior.objective import Loss, Objective, PerExample
+from fedprior.progress import Progress
+from fedprior.records import RecordFile, Round
+from fedprior.result import Result
+from fedprior.round import RoundWork, flat
+from fedprior.store import ClientStore, DiskStore, MemoryStore
+
+
+def run(
+    algorithm: Algorithm,
+    model: nn.Module,
+    clients: Population | Sequence[Client],
+    *,
+    rounds: int,
+    cohort: int | None = None,
+    test: Examples | None = None,
+    seed: int = 0,
+    loss: str | Loss | PerExample = "classification",
+    engine: Engine | None = None,
+    availability: Availability | None = None,
+    device: str = "cpu",
+    out: str | Path | None = None,
+    resume: bool = False,
+    checkpoint_every: int = 1,
+    evaluate_every: int = 1,
+    progress: bool | None = None,
+    on_round: Callable[[Round], None] | None = None,
+) -> Result:
+    """Train `model` over `clients` with `algorithm`, simulated in this process.
+
+    Args:
+        algorithm: what to run, e.g. fedprior.fedavg(lr=0.05).
+        model: the architecture and its initial parameters; it is copied.
+        clients: a lazy population, or a list of Client.
+        rounds: total number of rounds, those before a resume included.
+        cohort: clients sampled a round without replacement; None for all.
+        test: examples for the central evaluation.
+        seed: all randomness of the run derives from it.
+        loss: "classification", "regression", a Loss, or (outputs, targets) -> log-likelihood of each example.
+        engine: how clients are run; Sequential() if None.
+        availability: simulated drop-outs and deadline; everybody answers if None.
+        device: of parameters and training, e.g. "cuda".
+        out: folder for records.jsonl, checkpoints and personal states; nothing is written if None.
+        resume: go on from `out`'s checkpoint; the result has the bits of a run that was never stopped.
+        checkpoint_every: rounds between checkpoints (the last round always has one).
+        evaluate_every: rounds between evaluations (the last round always has one).
+        progress: show a progress bar; None shows it on a terminal.
+        on_round: called with each round's record, after it was written.
+
+    Raises:
+        ValueError: before round one, for sizes or parts that do not fit together.
+        FileExistsError: if `out` holds a run already and `resume` is False.
+    """
+    cohort = len(clients) if cohort is None else cohort
+    _check(clients, rounds, cohort, checkpoint_every, evaluate_every)
+    loop = _Loop.build(algorithm, model, clients, loss, engine, availability, seed, cohort, device)
+    folder = None if out is None else Path(out)
+    state = loop.first() if folder is None else _open(folder, loop, resume)
+    with ExitStack() as stack:
+        file = None if folder is None else RecordFile(folder / RECORDS, state.number)
+        if file is not None:
+            stack.callback(file.close)
+        history = list(file.rounds) if file is not None else []
+        bar = stack.enter_context(Progress(algorithm.name, rounds, progress, history))
+        while state.number < rounds:
+            last = state.number + 1 == rounds
+            evaluated = test if last or (state.number + 1) % evaluate_every == 0 else None
+            state, record = loop.round(state, evaluated)
+            history.append(record)
+            if folder is not None and file is not None:
+                file.append(record)
+                if last or state.number % checkpoint_every == 0:
+                    _checkpoint(folder, loop, state)
+            bar.update(record)
+            if on_round is not None:
+                on_round(record)
+    return Result(loop.algorithm, loop.objective, state.eta, history)
+
+
+RECORDS = "records.jsonl"
+
+
+@dataclass(frozen=True)
+class _State:
+    number: int
+    eta: Eta
+    server: Params
+    store: ClientStore
+
+
+@dataclass(frozen=True)
+class _Loop:
+    """Everything that stays the same from round to round."""
+
+    algorithm: Algorithm
+    objective: Objective
+    clients: Population
+    engine: Engine
+    availability: Availability
+    seed: int
+    cohort: int
+    device: str
+    up_schema: Schema
+    setting: dict[str, Any]
+
+    @classmethod
+    def build(
+        cls,
+        algorithm: Algorithm,
+        model: nn.Module,
+        clients: Population,
+        loss: str | Loss | PerExample,
+        engine: Engine | None,
+        availability: Availability | None,
+        seed: int,
+        cohort: int,
+        device: str,
+    ) -> _Loop:
+        """Where the parts meet: what does not fit together is refused here."""
+        objective = Objective(model.to(device) if device != "cpu" else model, loss)
+        availability = availability or Availability()
+        setting = {"algorithm": str(algorithm), "seed": seed, "cohort": cohort, "population": len(clients)}
+        setting |= {"availability": asdict(availability), "parameters": _shapes(objective.params())}
+        example = clients[0].train
+        _check_model(objective, example.to(device))
+        algorithm = algorithm.bind(objective.model, example.x[:1].to(device))
+        eta, _ = algorithm.start(objective.params())
+        first = algorithm.message(eta, algorithm.inference.start(algorithm.prior, eta))
+        up_schema = schema_of(flat(first))
+        return cls(
+            algorithm,
+            objective,
+            clients,
+            engine or Sequential(),
+            availability,
+            seed,
+            cohort,
+            device,
+            up_schema,
+            setting,
+        )
+
+    def first(self, store: ClientStore | None = None) -> _State:
+        """The state before round one."""
+        eta, server = self.algorithm.start(self.objective.params())
+        return _State(0, eta, server, store or MemoryStore())
+
+    def round(self, state: _State, test: Examples | None) -> tuple[_State, Round]:
+        """One round: send eta, run the E-steps, sum, M-step, evaluate."""
+        number, started = state.number + 1, time.perf_counter()
+        message = tree.flatten(state.eta)
+        work = RoundWork(
+            algorithm=self.algorithm,
+            objective=self.objective,
+            population=self.clients,
+            store=state.store,
+            availability=self.availability,
+            seed=self.seed,
+            number=number,
+            like=state.eta,
+            down=self.algorithm.codec.encode(message, 0.0),
+            down_schema=schema_of(message),
+            up_schema=self.up_schema,
+            device=self.device,
+        )
+        total = self.engine.map_sum(work, sample(self.seed, number, len(self.clients), self.cohort))
+        eta, server = state.eta, state.server
+        if total is not None:
+            eta, server = self.algorithm.m_step(eta, total, server, self.objective.buffers)
+        seconds = time.perf_counter() - started
+        started = time.perf_counter()
+        point = self.algorithm.prior.point(eta)
+        metrics = evaluate(self.objective, point, test).means() if test is not None else {}
+        record = Round(
+            number=number,
+            bytes_down=sum(c.bytes_down for c in work.records),
+            bytes_up=sum(c.bytes_up for c in work.records),
+            parameters_left=self.algorithm.parameters_left(eta),
+            seconds=seconds,
+            seconds_evaluate=time.perf_counter() - started,
+            metrics=metrics,
+            clients=tuple(work.records),
+        )
+        return _State(number, eta, server, state.store), record
+
+
+def _check(clients: Any, rounds: int, cohort: int, checkpoint_every: int, evaluate_every: int) -> None:
+    if len(clients) == 0:
+        raise ValueError("the population has no clients")
+    if not 1 <= cohort <= len(clients):
+        raise ValueError(f"cohort must be between 1 and the {len(clients)} clients, got {cohort}")
+    if min(rounds, checkpoint_every, evaluate_every) < 1:
+        raise ValueError(
+            f"rounds, checkpoint_every and evaluate_every must be at least 1, "
+            f"got {rounds}, {checkpoint_every} and {evaluate_every}"
+        )
+
+
+def _check_model(objective: Objective, data: Examples) -> None:
+    """Try one example, so that a model that does not fit its data is reported before round one."""
+    objective.train(False)
+    x, y = data.x[:1], data.y[:1]
+    try:
+        with torch.no_grad():
+            value = objective.log_lik(objective.params(), x, y)
+    except (RuntimeError, ValueError, IndexError, TypeError) as error:
+        raise ValueError(
+            f"the model and its loss do not fit the data (x {tuple(x.shape)} {x.dtype}, y {tuple(y.shape)} {y.dtype}): "
+            f"{error}"
+        ) from error
+    if value.ndim != 0:
+        raise ValueError(f"the loss must give one log-likelihood per example, got shape {tuple(value.shape)}")
+
+
+def _shapes(params: Params) -> dict[str, str]:
+    return {k: f"{tuple(v.shape)} {v.dtype}" for k, v in params.items()}
+
+
+def _open(folder: Path, loop: _Loop, resume: bool) -> _State:
+    """A new run's folder, or the state of the run in it."""
+    folder.mkdir(parents=True, exist_ok=True)
+    saved = checkpoint.read(folder)
+    if not resume:
+        if saved is not None or (folder / RECORDS).exists():
+            raise FileExistsError(f"{folder} holds a run already: pass resume=True to go on, or another folder")
+        return loop.first(DiskStore(folder / "clients"))
+    store = DiskStore(folder / "clients")
+    store.rollback(0 if saved is None else saved.number)
+    if saved is None:
+        return loop.first(store)
+    for key, value in loop.setting.items():
+        if saved.setting.get(key) != value:
+            raise ValueError(
+                f"cannot resume {folder}: its {key} was {saved.setting.get(key)!r} and is now {value!r}"
+            )
+    like, _ = loop.algorithm.start(loop.objective.params())
+    on_device = {k: v.to(loop.device) for k, v in saved.eta.items()}
+    server = {k: v.to(loop.device) for k, v in saved.server.items()}
+    return _State(saved.number, tree.unflatten(like, on_device), server, store)
+
+
+def _checkpoint(folder: Path, loop: _Loop, state: _State) -> None:
+    checkpoint.Checkpoint(state.number, tree.flatten(state.eta), state.server, loop.setting).write(folder)
+    state.store.commit(state.number)

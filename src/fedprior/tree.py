@@ -1,0 +1,45 @@
+"""Dicts of tensors as vectors, and a prior's eta as one flat dict of tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+Params = dict[str, Tensor]
+
+
+def map(function: Callable[..., Tensor], first: Mapping[str, Tensor], *rest: Mapping[str, Tensor]) -> Params:
+    """`function` applied name by name; every argument has the names of the first."""
+    for other in rest:
+        if other.keys() != first.keys():
+            raise ValueError(f"names differ: {sorted(first.keys() ^ other.keys())}")
+    return {name: function(value, *(other[name] for other in rest)) for name, value in first.items()}
+
+
+def total(params: Mapping[str, Tensor]) -> Tensor:
+    """The sum of all entries, a scalar."""
+    return torch.stack([value.sum() for value in params.values()]).sum()
+
+
+def dot(a: Mapping[str, Tensor], b: Mapping[str, Tensor]) -> Tensor:
+    """The inner product, a scalar."""
+    return total(map(torch.mul, a, b))
+
+
+def size(params: Mapping[str, Tensor]) -> int:
+    """The number of entries."""
+    return sum(value.numel() for value in params.values())
+
+
+def flatten(eta: Any) -> Params:
+    """A NamedTuple of Params as one dict: {"mean/fc.weight": tensor, ...}."""
+    return {f"{field}/{name}": value for field in eta._fields for name, value in getattr(eta, field).items()}
+
+
+def unflatten(like: Any, flat: Mapping[str, Tensor]) -> Any:
+    """The inverse of `flatten`, with the fields and names of `like`."""
+    fields = {field: {name: flat[f"{field}/{name}"] for name in getattr(like, field)} for field in like._fields}
+    return type(like)(**fields)
