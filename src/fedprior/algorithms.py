@@ -93,7 +93,9 @@ def fedsparse(
 ) -> Algorithm:
     """Louizos et al. 2021, arXiv:2111.10192: a spike-and-slab prior with a gate per unit."""
     e_step = inference.Gated(lr, epochs, batch_size, gate_lr)
-    return Algorithm(priors.SpikeSlab(lambda_0, precision), e_step, codec=Sparse(), weighting=weighting, name="fedsparse")
+    return Algorithm(
+        priors.SpikeSlab(lambda_0, precision), e_step, codec=Sparse(), weighting=weighting, name="fedsparse"
+    )
 
 
 ALGORITHMS: Mapping[str, Callable[..., Algorithm]] = {

@@ -116,13 +116,16 @@ class Population(Protocol):
 
 @runtime_checkable
 class Prior(Protocol):
-    """p(phi_s | eta): five short methods, in this order; `uplink` names the statistics that travel.
+    """p(phi_s | eta): five short methods, in this order, and the names of what travels.
 
     Optional methods, looked up by the functions of `algorithm.py` and described there:
     `bind(model, x)`, `message(eta, q)`, `project(eta)`, `parameters_left(eta)`.
     """
 
-    uplink: tuple[str, ...]
+    @property
+    def uplink(self) -> tuple[str, ...]:
+        """Names of the statistics that m_step reads, hence of those that are sent."""
+        ...
 
     def init(self, params: Params, /) -> Eta:
         """The first eta, from a model's initial parameters."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 from torch import Tensor, nn
 
 from fedprior.rng import generator
@@ -60,7 +62,7 @@ def mlp(inputs: int = 784, hidden: tuple[int, ...] = (200, 200), classes: int = 
     """Dense layers with ReLU; (n, ...) is flattened to (n, inputs)."""
     sizes = (inputs, *hidden)
     layers: list[nn.Module] = [nn.Flatten()]
-    for a, b in zip(sizes, sizes[1:], strict=False):
+    for a, b in pairwise(sizes):
         layers += [nn.Linear(a, b), nn.ReLU()]
     return _seeded(nn.Sequential(*layers, nn.Linear(sizes[-1], classes)), seed)
 

@@ -78,12 +78,14 @@ class Objective:
     """A model as a function of its parameters, and the log-likelihood of its outputs.
 
     Floating-point buffers (running means of batch norm) are part of Params: they are averaged like
-    parameters, but no gradient reaches them. The module given is copied and never changed.
+    parameters, but no gradient reaches them. The module given is copied to `device` and never changed.
     """
 
-    def __init__(self, model: nn.Module, loss: str | Loss | PerExample = "classification") -> None:
+    def __init__(
+        self, model: nn.Module, loss: str | Loss | PerExample = "classification", device: str | torch.device = "cpu"
+    ) -> None:
         self.loss = as_loss(loss)
-        self.model = copy.deepcopy(model)
+        self.model = copy.deepcopy(model).to(device)
         self.trainable = tuple(name for name, p in self.model.named_parameters() if p.requires_grad)
         parameters = dict(self.model.named_parameters())
         self.buffers = frozenset(name for name in self.params() if name not in parameters)

@@ -1,5 +1,7 @@
-"""Randomness by name: every generator derives from (seed, names...), so any order, engine or resumed run
-draws the same numbers. PyTorch's and NumPy's global generators are left as they were found."""
+"""Randomness by name: every generator derives from (seed, names...).
+
+Any order, engine or resumed run draws the same numbers. The global generators are left as they were found.
+"""
 
 from __future__ import annotations
 

@@ -117,8 +117,9 @@ class RoundWork:
 
     def _decode(self, upload: Upload) -> Stats:
         message, clients = self.algorithm.codec.decode(upload.payload, self.up_schema)
-        if clients <= 0:
-            raise PayloadError(f"count of clients is {clients}, and an upload stands for at least one")
+        expected = float(upload.examples) if self.algorithm.weighting == "examples" else 1.0
+        if clients != expected:
+            raise PayloadError(f"count of clients is {clients}, and this client stands for {expected}")
         return unflat({k: v.to(self.device) for k, v in message.items()}, clients)
 
 

@@ -138,7 +138,7 @@ class _Loop:
         device: str,
     ) -> _Loop:
         """Where the parts meet: what does not fit together is refused here."""
-        objective = Objective(model.to(device) if device != "cpu" else model, loss)
+        objective = Objective(model, loss, device)
         availability = availability or Availability()
         setting = {"algorithm": str(algorithm), "seed": seed, "cohort": cohort, "population": len(clients)}
         setting |= {"availability": asdict(availability), "parameters": _shapes(objective.params())}
@@ -251,9 +251,7 @@ def _open(folder: Path, loop: _Loop, resume: bool) -> _State:
         return loop.first(store)
     for key, value in loop.setting.items():
         if saved.setting.get(key) != value:
-            raise ValueError(
-                f"cannot resume {folder}: its {key} was {saved.setting.get(key)!r} and is now {value!r}"
-            )
+            raise ValueError(f"cannot resume {folder}: its {key} was {saved.setting.get(key)!r} and is now {value!r}")
     like, _ = loop.algorithm.start(loop.objective.params())
     on_device = {k: v.to(loop.device) for k, v in saved.eta.items()}
     server = {k: v.to(loop.device) for k, v in saved.server.items()}

@@ -1,11 +1,11 @@
 """Groups of coupled units: which slices of which parameters live and die together.
 
 A unit is a filter of a convolution or a neuron of a dense layer. Its group holds, over all units that are
-coupled with it, the slices that make its output ("out": rows of weights, biases, affine parameters of norms)
-and the slices that read it ("in": columns of the next layers' weights). A parameter entry is alive while
-every group that holds it has its unit open:
+coupled with it, the slices that make its output (it owns them: rows of weights, biases, affine parameters of
+norms) and the slices that read it (columns of the next layers' weights). Every entry has at most one owner.
 
-    z_j = product over the groups g that hold entry j of z_g[unit of j]
+    z_j = z_g[unit of j] for the group g that owns entry j; 1 for an entry without owner      (`owned`)
+    entry j is alive while its owner and every unit that it reads are alive                   (`alive`)
 
 The dependency graph is torch-pruning's (Fang et al. 2023, arXiv:2301.12900).        [extra: sparse]
 """
@@ -13,8 +13,9 @@ The dependency graph is torch-pruning's (Fang et al. 2023, arXiv:2301.12900).   
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -30,7 +31,7 @@ class Member:
     Attributes:
         name: the parameter.
         dim: the dimension that runs over units.
-        unit: position along `dim` -> unit of the group.
+        unit: position along `dim` -> unit of the group; -1 for positions that the group does not hold.
         out: True if the slice makes the unit's output, False if it reads it.
     """
 
@@ -39,10 +40,21 @@ class Member:
     unit: tuple[int, ...]
     out: bool
 
+    @cached_property
+    def _index(self) -> Tensor:
+        return torch.tensor(self.unit)
+
+    def along(self, gate: Tensor) -> Tensor:
+        """A gate (units,) read at every position of `dim`; 1 where the group holds nothing."""
+        return torch.cat([gate, gate.new_ones(1)])[self._index.to(gate.device)]
+
     def spread(self, gate: Tensor, ndim: int) -> Tensor:
-        """A gate (units,) laid along `dim` of a tensor with `ndim` dimensions, 1 elsewhere."""
-        along = gate[torch.tensor(self.unit, device=gate.device)]
-        return along.view([-1 if d == self.dim else 1 for d in range(ndim)])
+        """`along`, in a shape that broadcasts to a tensor with `ndim` dimensions."""
+        return self.along(gate).view([-1 if d == self.dim else 1 for d in range(ndim)])
+
+    def per_unit(self, values: Tensor, units: int) -> Tensor:
+        """Sums over each unit's positions of `values`, (positions,) -> (units,)."""
+        return values.new_zeros(units + 1).index_add(0, self._index.to(values.device) % (units + 1), values)[:units]
 
 
 @dataclass(frozen=True)
@@ -54,34 +66,62 @@ class Group:
     members: tuple[Member, ...]
 
 
-def alive(groups: Iterable[Group], gate: Mapping[str, Tensor], params: Params) -> Params:
-    """z_j of every parameter, in a shape that broadcasts to it; 1 where no group holds it.
+def owned(groups: Sequence[Group], gate: Mapping[str, Tensor], params: Params) -> Params:
+    """z_j of every parameter that a group owns, in a shape that broadcasts to it.
 
     Args:
         groups: the model's groups.
         gate: group name -> (units,) values of z_g, or their expectations.
-        params: for names and numbers of dimensions only.
+        params: for numbers of dimensions only.
     """
-    z = {name: value.new_ones([1] * value.ndim) for name, value in params.items()}
+    return _product(groups, gate, params, readers=False)
+
+
+def alive(groups: Sequence[Group], gate: Mapping[str, Tensor], params: Params) -> Params:
+    """1 for entries of which no owner and no unit read is closed (z_g = 0), else 0; shapes as in `owned`."""
+    return _product(groups, {g: (z > 0).to(z) for g, z in gate.items()}, params, readers=True)
+
+
+def _product(groups: Sequence[Group], gate: Mapping[str, Tensor], params: Params, readers: bool) -> Params:
+    z: Params = {}
     for group in groups:
         for m in group.members:
-            z[m.name] = z[m.name] * m.spread(gate[group.name], params[m.name].ndim)
+            if m.out or readers:
+                along = m.spread(gate[group.name], params[m.name].ndim)
+                z[m.name] = z[m.name] * along if m.name in z else along
     return z
 
 
-def close_gates(groups: Iterable[Group], gate: Mapping[str, Tensor], params: Params) -> Params:
-    """phi * z on the slices that make the units' outputs: a closed unit's output is exactly zero."""
-    gated = dict(params)
-    for group in groups:
-        for m in group.members:
-            if m.out:
-                gated[m.name] = gated[m.name] * m.spread(gate[group.name], params[m.name].ndim)
-    return gated
+def close_gates(groups: Sequence[Group], gate: Mapping[str, Tensor], params: Params) -> Params:
+    """phi * z: a closed unit's output is exactly zero."""
+    return apply(owned(groups, gate, params), params)
+
+
+def apply(z: Params, params: Params) -> Params:
+    """`params`, those that z names times z."""
+    return {k: p * z[k] if k in z else p for k, p in params.items()}
 
 
 def count_alive(z: Params, params: Params) -> int:
     """How many entries of `params` have z_j > 0."""
-    return sum(int((z[k] > 0).sum()) * (p.numel() // z[k].numel()) for k, p in params.items())
+    return sum(int((z[k] > 0).sum()) * (p.numel() // z[k].numel()) if k in z else p.numel() for k, p in params.items())
+
+
+def sizes(groups: Sequence[Group], gate: Mapping[str, Tensor], params: Params) -> Params:
+    """How many live entries each unit owns, group -> (units,), given which units are alive (z_g > 0)."""
+    live: dict[tuple[str, int], Tensor] = {}
+    for group in groups:
+        on = (gate[group.name] > 0).to(gate[group.name])
+        for m in group.members:
+            live[m.name, m.dim] = m.along(on) * live.get((m.name, m.dim), 1.0)
+    count: Params = {g: torch.zeros_like(v) for g, v in gate.items()}
+    for group in groups:
+        for m in (m for m in group.members if m.out):
+            shape, entries = params[m.name].shape, live[m.name, m.dim]
+            for d in (d for d in range(len(shape)) if d != m.dim):
+                entries = entries * (live[m.name, d].sum() if (m.name, d) in live else shape[d])
+            count[group.name] = count[group.name] + m.per_unit(entries, group.units)
+    return count
 
 
 def groups(model: nn.Module, x: Tensor) -> tuple[Group, ...]:
@@ -103,10 +143,8 @@ def groups(model: nn.Module, x: Tensor) -> tuple[Group, ...]:
     training = model.training
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # it warns of parameters outside its layers: those stay dense here
-        graph = torch_pruning.DependencyGraph().build_dependency(model, example_inputs=x[:1])
-        found = [
-            _group(list(items), names) for items in graph.get_all_groups(root_module_types=[nn.Conv2d, nn.Linear])
-        ]
+        graph: Any = torch_pruning.DependencyGraph().build_dependency(model, example_inputs=x[:1])
+        found = [_group(list(items), names) for items in graph.get_all_groups(root_module_types=[nn.Conv2d, nn.Linear])]
     model.train(training)
     kept = tuple(reversed([group for group in found if group is not None]))  # found from the output backwards
     if not kept:
@@ -124,21 +162,28 @@ def _group(items: list[Any], names: Mapping[nn.Module, str]) -> Group | None:
     """One of torch-pruning's groups as ours; None for output units and unknown layers."""
     members: list[Member] = []
     for item in items:
-        node, unit = item.dep.target, tuple(int(i) for i in item.root_idxs)
+        node, unit = item.dep.target, {int(i): int(u) for i, u in zip(item.idxs, item.root_idxs, strict=True)}
         if node.module not in names or not any(True for _ in node.module.parameters()):
             continue  # reshapes, pooling and elementwise operations hold no parameters
         layer, out = node.module, _OUT.get(item.dep.handler.__name__)
         if isinstance(layer, nn.Linear | nn.Conv2d) and getattr(layer, "groups", 1) == 1 and out is not None:
-            members.append(Member(f"{names[layer]}.weight", 0 if out else 1, unit, out))
+            dim = 0 if out else 1
+            members.append(Member(f"{names[layer]}.weight", dim, _units(unit, layer.weight.shape[dim]), out))
             affine = ["bias"] if out else []
         elif isinstance(layer, nn.BatchNorm1d | nn.BatchNorm2d):
             affine = ["weight", "bias"]
         else:
             return None
         members += [
-            Member(f"{names[layer]}.{a}", 0, unit, True) for a in affine if getattr(layer, a, None) is not None
+            Member(f"{names[layer]}.{a}", 0, _units(unit, len(getattr(layer, a))), True)
+            for a in affine
+            if getattr(layer, a, None) is not None
         ]
     if all(m.out for m in members):
         return None  # nothing reads these units: they are the model's outputs
     unique = tuple(dict.fromkeys(members))
     return Group(names[items[0].dep.target.module], 1 + max(max(m.unit) for m in unique), unique)
+
+
+def _units(unit: Mapping[int, int], size: int) -> tuple[int, ...]:
+    return tuple(unit.get(position, -1) for position in range(size))

@@ -1,15 +1,15 @@
 """The frame around every payload, and the one error for anything that is not a valid payload.
 
-    offset  size  field                                             all little-endian
-    0       4     magic b"FEDP"
-    4       1     version
-    5       1     codec
-    6       2     value type (codes of VALUE_TYPES)
-    8       8     schema hash: names, shapes and types of the message
-    16      8     count: float64, the weight of the clients that the message stands for
-    24      4     length of the body in bytes
-    28      4     CRC-32 of bytes 0-27 and the body
-    32      ...   body
+offset  size  field                                             all little-endian
+0       4     magic b"FEDP"
+4       1     version
+5       1     codec
+6       2     value type (codes of VALUE_TYPES)
+8       8     schema hash: names, shapes and types of the message
+16      8     count: float64, the weight of the clients that the message stands for
+24      4     length of the body in bytes
+28      4     CRC-32 of bytes 0-27 and the body
+32      ...   body
 """
 
 from __future__ import annotations
@@ -119,7 +119,8 @@ def to_numpy(value: Tensor, dtype: np.dtype) -> np.ndarray:
 
 def to_tensor(name: str, values: np.ndarray, dtype: torch.dtype) -> Tensor:
     """Finite values as a tensor of their own."""
-    bad = values.size - int(np.isfinite(values).sum())
+    tensor = torch.from_numpy(values.astype(values.dtype.newbyteorder("="))).to(dtype)
+    bad = tensor.numel() - int(torch.isfinite(tensor).sum())  # after the conversion, which may overflow
     if bad:
-        raise PayloadError(f"{bad} of {values.size} values of {name} are not finite")
-    return torch.from_numpy(values.astype(values.dtype.newbyteorder("="))).to(dtype)
+        raise PayloadError(f"{bad} of {tensor.numel()} values of {name} are not finite")
+    return tensor

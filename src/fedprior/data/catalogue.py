@@ -1,4 +1,4 @@
-"""The data sets known by name: `load` one, or ask what is `available` here and how to get the rest."""
+"""The data sets known by name: `load` one, or list what is `available` here."""
 
 from __future__ import annotations
 

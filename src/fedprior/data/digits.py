@@ -3,7 +3,7 @@
     x  grey levels / 16, in [0, 1]     (examples, 1, 8, 8) float32
     y  the digit, 0 .. 9               (examples,) int64
 
-Every fifth example of each digit, in scikit-learn's order, is test (always the same); the others are train.
+Every fifth example of each digit, in scikit-learn's order, is test; the others are train.
 """
 
 from __future__ import annotations

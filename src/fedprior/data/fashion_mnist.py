@@ -1,10 +1,11 @@
-"""Fashion-MNIST (Xiao, Rasul, Vollgraf 2017, arXiv:1708.07747) from its four IDX files, gzipped or not.
+"""Fashion-MNIST (Xiao, Rasul, Vollgraf 2017, arXiv:1708.07747) from its four IDX files.
 
     x  pixels / 255, in [0, 1]      (60000 or 10000, 1, 28, 28) float32
     y  the class, 0 .. 9            (60000 or 10000,) int64
 
-Looked for in $FEDPRIOR_DATA/fashion-mnist, ~/.cache/fedprior/fashion-mnist, the folder of the Debian package,
-and torchvision's FashionMNIST/raw below the first two. Other sets of the same format load with `folder`.
+Looked for, gzipped or not, in $FEDPRIOR_DATA/fashion-mnist, ~/.cache/fedprior/fashion-mnist, the
+folder of the Debian package, and torchvision's FashionMNIST/raw below $FEDPRIOR_DATA and the cache.
+Other sets of the same format (MNIST) load with `folder`.
 """
 
 from __future__ import annotations
@@ -21,36 +22,39 @@ from fedprior.data.places import cache_folders, first
 
 HOW = "apt-get install dataset-fashion-mnist"
 _DEBIAN = Path("/usr/share/datasets/fashion-mnist")
-_PARTS = {"train": "train", "test": "t10k"}
-_FILES = [f"{part}-{what}" for part in _PARTS.values() for what in ("images-idx3", "labels-idx1")]
+_TORCHVISION = Path("FashionMNIST", "raw")
+_PARTS = ("train", "t10k")
+_FILES = [f"{part}-{what}" for part in _PARTS for what in ("images-idx3", "labels-idx1")]
 
 
 def find(folder: str | Path | None = None) -> Path:
     """The folder with all four files; FileNotFoundError if there is none."""
-    roots = [Path(folder).expanduser()] if folder is not None else cache_folders()
-    raw = [root / "FashionMNIST" / "raw" for root in roots]
     if folder is not None:
-        place = next((r for r in raw if _complete(r)), roots[0])
-        return first("fashion-mnist", HOW, place, [], _complete)
-    places = [*(root / "fashion-mnist" for root in roots), _DEBIAN, *raw]
-    return first("fashion-mnist", HOW, None, places, _complete)
+        given = Path(folder).expanduser()
+        return first("fashion-mnist", HOW, [given, given / _TORCHVISION], _complete)
+    roots = cache_folders()
+    places = [
+        *(root / "fashion-mnist" for root in roots),
+        _DEBIAN,
+        *(root / _TORCHVISION for root in roots),
+    ]
+    return first("fashion-mnist", HOW, places, _complete)
 
 
 def load(folder: str | Path | None = None) -> tuple[Examples, Examples]:
     """Train and test examples."""
     place = find(folder)
-    train, test = (_part(place, part) for part in _PARTS.values())
+    train, test = (_part(place, part) for part in _PARTS)
     return train, test
 
 
 def read_idx(path: str | Path) -> np.ndarray:
     """The array of unsigned bytes in an IDX file (gzipped if its name ends in .gz)."""
     path = Path(path)
+    data = path.read_bytes()
     try:
-        data = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
-    except (EOFError, OSError, zlib.error) as error:
-        if isinstance(error, FileNotFoundError | PermissionError | IsADirectoryError):
-            raise
+        data = gzip.decompress(data) if path.suffix == ".gz" else data
+    except (EOFError, gzip.BadGzipFile, zlib.error) as error:
         raise ValueError(f"{path} is torn or corrupt ({error}); fetch it again") from error
     axes = data[3] if len(data) >= 4 else 0
     if data[:3] != b"\x00\x00\x08" or axes == 0 or len(data) < 4 + 4 * axes:
@@ -58,9 +62,7 @@ def read_idx(path: str | Path) -> np.ndarray:
     shape = tuple(np.frombuffer(data, ">u4", axes, offset=4).tolist())
     want, got = int(np.prod(shape, dtype=object)), len(data) - 4 - 4 * axes
     if got != want:
-        raise ValueError(
-            f"{path} is torn or corrupt: its header promises {shape}, {want} bytes, and {got} follow"
-        )
+        raise ValueError(f"{path} is torn or corrupt: its header says {shape}, {want} bytes, and {got} follow")
     return np.frombuffer(data, np.uint8, want, offset=4 + 4 * axes).reshape(shape)
 
 

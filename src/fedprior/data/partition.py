@@ -1,35 +1,37 @@
 r"""Partitions of examples into clients: each example goes to exactly one client.
 
     iid        sizes equal up to one, at random
-    dirichlet  p_c ~ Dir(alpha, ..., alpha) over the clients for each label c; client s gets the share p_cs of
-               label c. E p_cs = 1/S, Var p_cs = (1/S)(1 - 1/S) / (S alpha + 1): small alpha, few labels a client
-               and unequal sizes. (Yurochkin et al. 2019, arXiv:1905.12022; NIID-Bench, arXiv:2102.02079.)
-    shards     sorted by label, cut into S * shards_per_client pieces of one size (up to one), which are dealt out
-               at random (McMahan et al. 2017, arXiv:1602.05629)
+    dirichlet  p_c ~ Dir(alpha, ..., alpha) over the S clients for each label c, and client s gets
+               the share p_cs of label c: E p_cs = 1/S, Var p_cs = (1/S)(1 - 1/S) / (S alpha + 1).
+               Small alpha: few labels a client, unequal sizes. Redrawn until all have min_examples
+               (Yurochkin et al. 2019, arXiv:1905.12022; NIID-Bench, Li et al., arXiv:2102.02079)
+    shards     sorted by label, cut into S * shards_per_client runs of one size (up to one), which
+               are dealt out at random (McMahan et al. 2017, arXiv:1602.05629)
     by_key     one client per key: a speaker, a patient, a hospital
 
-All draw from a generator of their own made of (scheme, seed): the same seed is the same partition. `holdout` is
-the fraction of each client's examples, chosen at random, that is put aside as `Client.held_out`; it does not
-change which examples a client has.
+Each draws from a generator of its own made of (seed, scheme): the same seed is the same partition.
+`holdout` is the fraction of each client's examples, chosen at random, that is put aside as
+`Client.held_out`; it does not change which examples a client has.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 import torch
 
 from fedprior.core import Examples
 from fedprior.data.population import Partition
+from fedprior.data.sources import as_keys
 
-_SCHEMES = ("iid", "dirichlet", "shards", "by_key")
 _DRAWS = 1000
 
 
 def iid(examples: Examples, clients: int, seed: int = 0, holdout: float = 0.0) -> Partition:
     """Clients of equal size (up to one example), drawn at random."""
-    rng = _generator("iid", seed)
+    rng = _generator(seed, 0)
     _check(examples, clients, clients)
     owner = rng.permutation(np.arange(len(examples)) % clients)
     return _deal(examples, owner, clients, rng, holdout)
@@ -43,16 +45,14 @@ def dirichlet(
     min_examples: int = 1,
     holdout: float = 0.0,
 ) -> Partition:
-    """Each label is split by Dirichlet(alpha) proportions; redrawn until all clients have `min_examples`."""
-    rng = _generator("dirichlet", seed)
+    """Each label is split between the clients in Dirichlet(alpha) proportions."""
+    rng = _generator(seed, 1)
     _check(examples, clients, clients * min_examples)
-    if not 0 < alpha < float("inf"):
-        raise ValueError(f"alpha must be a positive number, got {alpha}; use iid for no label skew")
+    if not 0 < alpha <= 1e9:
+        raise ValueError(f"alpha must be in (0, 1e9], got {alpha}; use iid for no label skew")
     labels = _labels(examples, "dirichlet")
-    totals = np.bincount(labels)
-    counts = _shares(totals, clients, alpha, min_examples, rng)
     owner = np.empty(len(labels), np.int64)
-    for label, row in enumerate(counts):
+    for label, row in enumerate(_shares(np.bincount(labels), clients, alpha, min_examples, rng)):
         owner[labels == label] = rng.permutation(np.repeat(np.arange(clients), row))
     return _deal(examples, owner, clients, rng, holdout)
 
@@ -64,59 +64,46 @@ def shards(
     seed: int = 0,
     holdout: float = 0.0,
 ) -> Partition:
-    """Each client gets `shards_per_client` runs of the examples sorted by label: about that many labels."""
-    rng = _generator("shards", seed)
+    """Each client gets runs of the examples sorted by label: about one label a run."""
+    rng = _generator(seed, 2)
     if shards_per_client < 1:
         raise ValueError(f"shards_per_client must be at least 1, got {shards_per_client}")
     total = clients * shards_per_client
     _check(examples, clients, total)
     shuffled = rng.permutation(len(examples))
     order = shuffled[np.argsort(_labels(examples, "shards")[shuffled], kind="stable")]
-    owner = np.empty(len(examples), np.int64)
-    owner[order] = rng.permutation(total)[np.arange(len(examples)) * total // len(examples)] % clients
+    owner = np.empty_like(order)
+    run = np.arange(len(order)) * total // len(order)
+    owner[order] = rng.permutation(total)[run] % clients
     return _deal(examples, owner, clients, rng, holdout)
 
 
-def by_key(
-    examples: Examples, keys: Sequence[str] | None = None, seed: int = 0, holdout: float = 0.0
-) -> Partition:
-    """One client per key (default: `examples.keys`), named by it and in the sorted order of the keys."""
-    rng = _generator("by_key", seed)
-    keys = examples.keys if keys is None else keys
-    if keys is None:
-        raise ValueError(
-            "by_key needs to know who owns each example: these examples have no keys. "
-            "Give keys=[...], one per example, or from_csv(..., client='column')"
-        )
-    if len(keys) != len(examples):
-        raise ValueError(f"there are {len(examples)} examples and {len(keys)} keys")
-    names = tuple(sorted(set(keys)))
-    _check(examples, len(names), len(names))
+def by_key(examples: Examples, keys: Sequence[object] | None = None, seed: int = 0, holdout: float = 0.0) -> Partition:
+    """One client per key (default: `examples.keys`), named by it, in the sorted order of keys."""
+    rng = _generator(seed, 3)
+    owners = examples.keys if keys is None else keys
+    if owners is None:
+        raise ValueError("no keys: give by_key(keys=[...]), one per example, or from_csv(client=...)")
+    owners = as_keys(owners)
+    if len(owners) != len(examples):
+        raise ValueError(f"there are {len(examples)} examples and {len(owners)} keys")
+    names = tuple(sorted(set(owners)))
     place = {name: i for i, name in enumerate(names)}
-    owner = np.fromiter((place[key] for key in keys), np.int64, len(keys))
-    return _deal(examples, owner, len(names), rng, holdout, tuple(map(str, names)))
+    owner = np.fromiter((place[key] for key in owners), np.int64, len(owners))
+    return replace(_deal(examples, owner, len(names), rng, holdout), names=names)
 
 
-def _deal(
-    examples: Examples,
-    owner: np.ndarray,
-    clients: int,
-    rng: np.random.Generator,
-    holdout: float,
-    names: tuple[str, ...] | None = None,
-) -> Partition:
-    """A Partition from the client of each example, each client's examples in random order."""
+def _deal(examples: Examples, owner: np.ndarray, clients: int, rng: np.random.Generator, holdout: float) -> Partition:
+    """A Partition from each example's client, every client's examples in random order."""
     if not 0 <= holdout < 1:
-        raise ValueError(f"holdout is a fraction of each client's examples, in [0, 1); got {holdout}")
+        raise ValueError(f"holdout is a fraction of a client's examples, in [0, 1); got {holdout}")
     shuffled = rng.permutation(len(owner))
     index = shuffled[np.argsort(owner[shuffled], kind="stable")]
     offsets = np.concatenate([[0], np.cumsum(np.bincount(owner, minlength=clients))])
-    return Partition(examples, torch.from_numpy(index), torch.from_numpy(offsets), holdout, names)
+    return Partition(examples, torch.from_numpy(index), torch.from_numpy(offsets), holdout)
 
 
-def _shares(
-    totals: np.ndarray, clients: int, alpha: float, min_examples: int, rng: np.random.Generator
-) -> np.ndarray:
+def _shares(totals: np.ndarray, clients: int, alpha: float, min_examples: int, rng: np.random.Generator) -> np.ndarray:
     """Examples of each label for each client, shape (labels, clients); row sums are `totals`."""
     for _ in range(_DRAWS):
         shares = rng.dirichlet(np.full(clients, alpha), size=len(totals))
@@ -126,8 +113,8 @@ def _shares(
         if counts.sum(axis=0).min() >= min_examples:
             return counts
     raise ValueError(
-        f"no draw of {_DRAWS} gave each of {clients} clients {min_examples} examples at alpha={alpha}; "
-        "take fewer clients, a larger alpha, or a smaller min_examples (0 allows empty clients)"
+        f"no draw of {_DRAWS} at alpha={alpha} gave each of {clients} clients {min_examples} "
+        "examples; take fewer clients, a larger alpha, or min_examples=0 (clients may be empty)"
     )
 
 
@@ -136,8 +123,8 @@ def _labels(examples: Examples, scheme: str) -> np.ndarray:
     y = examples.y
     if y.ndim != 1 or y.is_floating_point() or y.is_complex():
         raise ValueError(
-            f"{scheme} needs one integer label per example, got y of {y.dtype} and shape {tuple(y.shape)}; "
-            "use iid or by_key for other targets"
+            f"{scheme} needs one integer label per example; use iid or by_key for y of "
+            f"{y.dtype} and shape {tuple(y.shape)}"
         )
     return np.unique(y.cpu().numpy(), return_inverse=True)[1]
 
@@ -146,10 +133,10 @@ def _check(examples: Examples, clients: int, needed: int) -> None:
     if clients < 1:
         raise ValueError(f"a partition needs at least 1 client, got clients={clients}")
     if needed > len(examples):
-        raise ValueError(f"{clients} clients need at least {needed} examples, and there are {len(examples)}")
+        raise ValueError(f"{clients} clients need {needed} examples, and there are {len(examples)}")
 
 
-def _generator(scheme: str, seed: int) -> np.random.Generator:
+def _generator(seed: int, scheme: int) -> np.random.Generator:
     if seed < 0:
         raise ValueError(f"a seed is a whole number from 0 up, got {seed}")
-    return np.random.default_rng([seed, _SCHEMES.index(scheme)])
+    return np.random.default_rng([seed, scheme])

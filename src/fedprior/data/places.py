@@ -14,15 +14,12 @@ def cache_folders() -> list[Path]:
     return [Path(own), cache] if own else [cache]
 
 
-def first(
-    name: str, how: str, folder: str | Path | None, places: list[Path], holds: Callable[[Path], bool]
-) -> Path:
-    """The first place for which `holds` is true; with `folder`, that folder or nothing else."""
-    tried = [Path(folder).expanduser()] if folder is not None else places
-    for place in tried:
+def first(name: str, how: str, places: list[Path], holds: Callable[[Path], bool]) -> Path:
+    """The first place that `holds` the data; else an error that lists them and says `how`."""
+    for place in places:
         if holds(place):
             return place
-    listed = "".join(f"\n  {place}" for place in tried)
+    listed = "".join(f"\n  {place}" for place in places)
     raise FileNotFoundError(
         f"the data set {name!r} (or a part of it) is not in any of these folders:{listed}\n"
         f"Get it with:  {how}\nor name the folder that has it:  load({name!r}, folder=...)"

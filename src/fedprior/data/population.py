@@ -1,7 +1,7 @@
 """Lazy populations: clients that are gathered, or made, when they are asked for.
 
-A `Partition` is one vector of positions into shared examples, client after client (as in a sparse matrix in CSR
-form), so a hundred thousand clients cost 8 bytes an example and 8 a client, and no Python object each.
+A `Partition` is one vector of positions into shared examples, client after client (as in a sparse
+matrix in CSR form): 8 bytes an example and 8 a client, and no Python object for either.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from operator import index as as_int
 import torch
 from torch import Tensor
 
-from fedprior.core import Client, Examples, Population
+from fedprior.core import Client, Examples
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -41,7 +41,7 @@ class Partition:
         i = _checked(index, len(self))
         mine = self.index[self.offsets[i] : self.offsets[i + 1]]
         train = len(mine) - self._held(len(mine))
-        held_out = self.examples.take(mine[train:]) if self.holdout else None
+        held_out = self.examples.take(mine[train:]) if train < len(mine) else None
         return Client(i, self.name(i), self.examples.take(mine[:train]), held_out)
 
     def __iter__(self) -> Iterator[Client]:
@@ -64,7 +64,7 @@ class Partition:
         return size - self._held(size)
 
     def label_counts(self) -> Tensor:
-        """Examples (held-out ones too) by client and label, shape (clients, max label + 1), int64."""
+        """Examples, held-out ones too, by client and label: (clients, largest label + 1), int64."""
         labels = self.examples.y.cpu()[self.index]
         classes = int(self.examples.y.max()) + 1
         owner = torch.repeat_interleave(torch.arange(len(self)), self.offsets.diff())
@@ -78,7 +78,7 @@ class Partition:
 
 @dataclass(frozen=True)
 class LazyPopulation:
-    """`count` clients, of which client i is `make(i)`: from files, from a simulator, from anywhere."""
+    """`count` clients, of which client i is `make(i)`: from files, a simulator, anywhere."""
 
     count: int
     make: Callable[[int], Client]
@@ -97,14 +97,18 @@ class LazyPopulation:
             raise TypeError(f"make({i}) must return a fedprior Client, got {type(client).__name__}")
         if client.index != i:
             raise ValueError(
-                f"make({i}) returned a client with index {client.index}; write Client(index={i}, ...), "
-                "since a client's index seeds its randomness"
+                f"make({i}) returned a client with index {client.index}; "
+                f"write Client(index={i}, ...), since a client's index seeds its randomness"
             )
         return client
 
 
 def paired(train: Partition, test: Partition) -> LazyPopulation:
-    """The clients of `train`, each held out on the examples of the client of `test` with its name."""
+    """The clients of `train`, whose held-out examples are those of the same name in `test`.
+
+    For data that comes with a split of its own, such as Shakespeare's: by time, where a random
+    `holdout` would put overlapping windows on both sides.
+    """
     place = {test.name(i): i for i in range(len(test))}
     missing = [name for i in range(len(train)) if (name := train.name(i)) not in place]
     if missing:

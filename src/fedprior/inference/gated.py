@@ -1,22 +1,20 @@
 r"""A point in the weights and a Bernoulli gate per unit, trained together through hard-concrete gates.
 
-    u ~ U(0, 1);  s = sigmoid((log u - log(1-u) + log_alpha) / T);  z = clip(s (zeta - gamma) + gamma, 0, 1)
-    pi = P(z > 0) = sigmoid(log_alpha - T log(-gamma / zeta))
+    z, pi = hard-concrete gates and P(z > 0), both functions of log_alpha     (gates.py)
     maximise  (1/N_s) sum_i E_z[ log p(y_i | f(x_i; phi * z)) ] + (1/N_s) log_prob(eta, E_q[T])
 
 by SGD on phi and Adam on log_alpha, with one draw of z a mini-batch; pi starts at theta. The entropy of q(z)
-is dropped (the hard-EM limit), so log_alpha is clamped to [log 0.01, log 100]. At the end every gate is drawn
+is dropped (the hard-EM limit), so log_alpha is clamped. At the end every gate is drawn
 once, z ~ Bernoulli(pi): the client sends only the weights of open units, and the M-step stays unbiased.
 
     paper   code          shape
     pi      keep          group -> (units,)
 
-Louizos, Welling, Kingma 2018, arXiv:1712.01312, section 2.2 (gates); Louizos et al. 2021, arXiv:2111.10192.
+Louizos et al. 2021, arXiv:2111.10192, section 4; gates: Louizos, Welling, Kingma 2018, arXiv:1712.01312.
 """
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,28 +23,9 @@ from torch import Tensor
 
 from fedprior import posteriors, structure, tree
 from fedprior.core import Client, Eta, Params
+from fedprior.gates import BOUND, hard_concrete, keep_probability, log_alpha_for, uniform
 from fedprior.inference.ascent import ascend, check_steps, detached, leaves
 from fedprior.objective import Objective
-
-GAMMA, ZETA, TEMPERATURE = -0.1, 1.1, 2 / 3
-_SHIFT = TEMPERATURE * math.log(-GAMMA / ZETA)
-_BOUND = math.log(100)
-
-
-def keep_probability(log_alpha: Tensor) -> Tensor:
-    """P(z > 0)."""
-    return torch.sigmoid(log_alpha - _SHIFT)
-
-
-def log_alpha_for(keep: Tensor) -> Tensor:
-    """The inverse of `keep_probability`, within the clamp."""
-    return (torch.logit(keep, eps=1e-6) + _SHIFT).clamp(-_BOUND, _BOUND)
-
-
-def hard_concrete(log_alpha: Tensor, u: Tensor) -> Tensor:
-    """z for uniform noise u in (0, 1)."""
-    s = torch.sigmoid((torch.logit(u) + log_alpha) / TEMPERATURE)
-    return (s * (ZETA - GAMMA) + GAMMA).clamp(0, 1)
 
 
 @dataclass(frozen=True)
@@ -77,13 +56,13 @@ class Gated:
                 f"inference.Gated needs a prior with gates, and {type(prior).__name__} has none. "
                 "Use the prior SpikeSlab(lambda_0=...), or inference.Point(lr=...)."
             )
-        return posteriors.Gated(prior.point(eta), eta.keep, eta.keep)
+        return posteriors.Gated(eta.mean, eta.keep, eta.keep)
 
     def e_step(
         self, objective: Objective, prior: Any, eta: Eta, client: Client, state: Params | None, rng: torch.Generator
     ) -> tuple[Any, Params | None]:
         """A few epochs from the prior's weights and gates; no personal state."""
-        phi, trained = leaves(objective, prior.point(eta))
+        phi, trained = leaves(objective, eta.mean)
         alive = tree.map(lambda k: (k > 0).to(k), eta.keep)
         log_alpha = tree.map(lambda k: log_alpha_for(k).requires_grad_(), eta.keep)
         examples = len(client.train)
@@ -99,7 +78,7 @@ class Gated:
 
         def clamp() -> None:
             for a in log_alpha.values():
-                a.data.clamp_(-_BOUND, _BOUND)
+                a.data.clamp_(-BOUND, BOUND)
 
         optimizers = [
             torch.optim.SGD(trained, lr=self.lr),
@@ -110,8 +89,3 @@ class Gated:
         pi = detached(keep())
         gate = tree.map(lambda k: (uniform(k, rng) < k).to(k), pi) if self.draw else pi
         return posteriors.Gated(detached(phi), pi, gate), state
-
-
-def uniform(like: Tensor, rng: torch.Generator) -> Tensor:
-    """Noise in (0, 1), drawn on the CPU so that every device sees the same."""
-    return torch.rand(like.shape, generator=rng, dtype=like.dtype).clamp(1e-6, 1 - 1e-6).to(like.device)

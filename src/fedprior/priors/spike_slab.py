@@ -1,23 +1,21 @@
 r"""Spike and slab: clients share which units are alive (FedSparse).
 
     z_sg ~ Bernoulli(theta_g)                            one gate per unit g (a filter, a neuron)
-    z_sj = product of z_sg over the groups g that hold entry j          (structure.py)
-    phi_sj | z_sj = 1 ~ N(w_j, 1/precision),  phi_sj | z_sj = 0 ~ N(0, 1/spike_precision)
+    phi_sj | z_sg = 1 ~ N(w_j, 1/precision),  phi_sj | z_sg = 0 ~ N(0, 1/spike_precision)    for each j that g owns
 
     q(z_sg) = Bernoulli(pi_sg),  q(phi | z = 1) a point;  as its width goes to 0,
-    log_prob = - lambda_0 sum_j z_j - (precision/2) sum_j z_j (phi_j - w_j)^2
+    log_prob = - sum_g pi_g [ lambda_0 |g| + (precision/2) sum_{j in g} (phi_j - w_j)^2 ]
                + sum_g [ pi_g log theta_g + (1 - pi_g) log(1 - theta_g) ]
     lambda_0 = (1/2) log(spike_precision / precision)    the price of one live parameter, in nats
-    T = (pi, z, z phi, z phi^2);   M-step  theta_g = sum pi_g / S,   w_j = sum z_j phi_j / sum z_j
+    T = (pi, z, z phi, z phi^2);   M-step  theta_g = sum pi_g / S,   w_j = sum z_g phi_j / sum z_g
 
     paper    code        shape                          paper    code      shape
     w        eta.mean    as the parameters              pi       t.keep    group -> (units,), sums over clients
-    theta    eta.keep    group -> (units,)              z_j      t.z       broadcasts to the parameters
-    S        t.clients   scalar
+    theta    eta.keep    group -> (units,)              z        t.gate    group -> (units,); E[z] = pi, or a draw
+    S        t.clients   scalar                         |g|      sizes     live parameters that the unit owns
 
-Louizos et al. 2021, arXiv:2111.10192, sections 3 and 4: the paper's prior has one gate per parameter group;
-that an entry between two gated layers needs both of its units, and so is priced as one live parameter that
-either may close, is ours. With groups that do not overlap the two are the same.
+What reads a removed unit is gone as well, and no longer counts in |g|: lambda_0 prices what is really there.
+Entries that no group owns are Gaussian. Louizos et al. 2021, arXiv:2111.10192, section 4.
 """
 
 from __future__ import annotations
@@ -29,7 +27,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from fedprior import structure, tree
+from fedprior import gates, structure, tree
 from fedprior.core import Params, Stats
 from fedprior.structure import Group
 
@@ -51,11 +49,11 @@ class SpikeSlab:
 
     lambda_0: float
     precision: float = 0.0
-    keep: float = 0.9
+    keep: float = 0.99
     threshold: float = 0.1
     clamp: float = 1e-3
     groups: tuple[Group, ...] = ()
-    uplink = ("keep", "z", "z_phi")
+    uplink = ("keep", "gate", "z_phi")
 
     class Eta(NamedTuple):
         """Shared weights, and the probability that a unit is alive (0: removed for good)."""
@@ -95,28 +93,29 @@ class SpikeSlab:
                 f"SpikeSlab needs a posterior with gates, and {type(q).__name__} has none. "
                 "Use inference.Gated(lr=..., epochs=...), or the prior Gaussian if you want no gates."
             )
-        z = structure.alive(self.groups, q.gate, q.phi)
-        z_phi = tree.map(torch.mul, z, q.phi)
-        return Stats({"keep": q.keep, "z": z, "z_phi": z_phi, "z_phi_sq": tree.map(torch.mul, z_phi, q.phi)})
+        z_phi = structure.close_gates(self.groups, q.gate, q.phi)
+        return Stats({"keep": q.keep, "gate": q.gate, "z_phi": z_phi, "z_phi_sq": tree.map(torch.mul, z_phi, q.phi)})
 
     def log_prob(self, eta: Eta, t: Stats) -> Tensor:
-        """The three terms of the module docstring, summed over clients."""
+        """The terms of the module docstring, summed over clients."""
 
-        def gates(theta: Tensor, keep: Tensor) -> Tensor:
+        def cross_entropy(theta: Tensor, keep: Tensor) -> Tensor:
             return keep * theta.clamp(min=_TINY).log() + (t.clients - keep) * (-theta).clamp(min=_TINY - 1).log1p()
 
         def square(w: Tensor, z: Tensor, z_phi: Tensor, z_phi_sq: Tensor) -> Tensor:
             return z_phi_sq - 2 * w * z_phi + z * w**2
 
-        value = tree.total(tree.map(gates, eta.keep, t["keep"])) - self.lambda_0 * self._live(eta, t["z"])
+        price = self.lambda_0 * tree.dot(t["gate"], structure.sizes(self.groups, eta.keep, eta.mean))
+        value = tree.total(tree.map(cross_entropy, eta.keep, t["keep"])) - price
         if self.precision == 0:
             return value
-        squares = tree.total(tree.map(square, eta.mean, t["z"], t["z_phi"], t["z_phi_sq"]))
-        return value - 0.5 * self.precision * squares
+        squares = tree.map(square, eta.mean, self._opened(eta, t), t["z_phi"], t["z_phi_sq"])
+        return value - 0.5 * self.precision * tree.total(squares)
 
-    def _live(self, eta: Eta, z: Params) -> Tensor:
-        """sum_j z_j: the expected number of live parameters."""
-        return tree.total({k: v.sum() * (eta.mean[k].numel() // v.numel()) for k, v in z.items()})
+    def _opened(self, eta: Eta, t: Stats) -> Params:
+        """sum_s z_sj of every parameter: how many clients kept it."""
+        z = structure.owned(self.groups, t["gate"], eta.mean)
+        return {k: z[k] if k in z else w.new_full([1] * w.ndim, t.clients) for k, w in eta.mean.items()}
 
     def m_step(self, eta: Eta, t: Stats) -> Eta:
         """Ratio of sums; a weight that no client kept stays."""
@@ -125,14 +124,14 @@ class SpikeSlab:
             return torch.where(z > 0, z_phi / z.clamp(min=_TINY), w)
 
         keep = tree.map(lambda keep: keep / t.clients, t["keep"])
-        return self.Eta(tree.map(mean, eta.mean, t["z"], t["z_phi"]), keep)
+        return self.Eta(tree.map(mean, eta.mean, self._opened(eta, t), t["z_phi"]), keep)
 
     def point(self, eta: Eta) -> Params:
-        """The shared weights; those of removed units are zero."""
-        return eta.mean
+        """The shared weights times the gates at test time; those of removed units are zero."""
+        return structure.close_gates(self.groups, tree.map(gates.at_test_time, eta.keep), eta.mean)
 
     def project(self, eta: Eta) -> Eta:
-        """Remove units below the threshold for good, clamp theta of the rest, zero what the removed ones hold."""
+        """Remove units below the threshold for good, with what reads them; clamp theta of the rest."""
 
         def prune(theta: Tensor) -> Tensor:
             alive = theta >= self.threshold
@@ -140,9 +139,8 @@ class SpikeSlab:
             return torch.where(alive, theta.clamp(self.clamp, 1 - self.clamp), torch.zeros_like(theta))
 
         keep = tree.map(prune, eta.keep)
-        z = structure.alive(self.groups, tree.map(lambda k: (k > 0).to(k), keep), eta.mean)
-        return self.Eta(tree.map(torch.mul, eta.mean, z), keep)
+        return self.Eta(structure.apply(structure.alive(self.groups, keep, eta.mean), eta.mean), keep)
 
     def parameters_left(self, eta: Eta) -> int:
-        """Parameters that no removed unit holds."""
+        """Parameters that neither belong to a removed unit nor read one."""
         return structure.count_alive(structure.alive(self.groups, eta.keep, eta.mean), eta.mean)

@@ -1,0 +1,297 @@
+"""The command line: run, compare, report, algorithms, data.
+
+What the user can mend is one line on stderr and exit code 2; anything else is a bug and keeps its traceback.
+"""
+
+from __future__ import annotations
+
+import functools
+import sys
+import time
+import traceback
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import fields, is_dataclass
+from importlib.resources import files
+from importlib.util import find_spec
+from inspect import getdoc
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+import fedprior
+from fedprior import compare as comparing
+from fedprior import config as configs
+from fedprior.data import available
+
+app = typer.Typer(
+    help="Federated learning in which the prior is the algorithm.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+
+def main() -> None:
+    """The entry point."""
+    app(prog_name="fedprior")
+
+
+def one_line(command: Callable[..., None]) -> Callable[..., None]:
+    """A command whose refusals are one line and exit code 2."""
+
+    @functools.wraps(command)
+    def wrapped(*args: Any, **kwargs: Any) -> None:
+        try:
+            command(*args, **kwargs)
+        except (ValueError, OSError, ModuleNotFoundError) as error:
+            if not _is_refusal(error):
+                raise
+            typer.echo(f"fedprior: {_text(error)}", err=True)
+            raise typer.Exit(2) from error
+        except KeyboardInterrupt as error:
+            typer.echo("fedprior: stopped", err=True)
+            raise typer.Exit(130) from error
+
+    return wrapped
+
+
+def _is_refusal(error: Exception) -> bool:
+    """Did fedprior raise it itself, and not in a client's E-step, which adds a note?"""
+    if isinstance(error, OSError):
+        return True
+    last = traceback.extract_tb(error.__traceback__)[-1]
+    ours = Path(fedprior.__file__).parent in Path(last.filename).parents
+    return ours and (last.line or "").startswith("raise") and not getattr(error, "__notes__", [])
+
+
+def _text(error: Exception) -> str:
+    if isinstance(error, OSError) and error.strerror and error.filename:
+        return f"{error.filename}: {error.strerror}"
+    return " ".join(str(error).split())
+
+
+@contextmanager
+def _interruptible(how: str) -> Iterator[None]:
+    """Ctrl-C is one line that says how to go on, and exit code 130."""
+    try:
+        yield
+    except KeyboardInterrupt as error:
+        typer.echo(f"fedprior: stopped; to go on: {how}", err=True)
+        raise typer.Exit(130) from error
+
+
+def _show_version(value: bool) -> None:
+    if value:
+        typer.echo(f"fedprior {fedprior.__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    version: Annotated[
+        bool, typer.Option("--version", help="Show the version.", callback=_show_version, is_eager=True)
+    ] = False,
+) -> None:
+    """Federated learning in which the prior is the algorithm."""
+
+
+Config = Annotated[str, typer.Argument(help="A TOML file, or the name of a preset.", show_default=False)]
+Out = Annotated[Path | None, typer.Option(help="Folder for the results.", show_default="runs/DATE-TIME-NAME")]
+Again = Annotated[Path | None, typer.Option(help="Go on with the run in this folder.", show_default="a new run")]
+Quiet = Annotated[bool, typer.Option("--quiet", help="No progress bar and no table.")]
+
+
+@app.command()
+@one_line
+def run(config: Config, out: Out = None, resume: Again = None, quiet: Quiet = False) -> None:
+    """Run one TOML configuration."""
+    if resume is not None and out is not None:
+        raise ValueError("--resume DIR writes into DIR: leave out --out")
+    path = _find_config(config)
+    experiment = comparing.build(configs.read(path))
+    folder = resume or out or _new_folder(path.stem)
+    if resume is not None:
+        comparing.check_same(folder, experiment.config)
+    elif comparing.holds_comparison(folder):
+        raise FileExistsError(f"{folder} holds results already: go on with --resume {folder}, or choose another --out")
+    with _interruptible(f"fedprior run {folder / comparing.TOML} --resume {folder}"):
+        row = comparing.execute(experiment, folder, resume is not None, False if quiet else None)
+    if not quiet:
+        _print_rows([row])
+    typer.echo(f"{folder}; plots and tables: fedprior report {folder}")
+
+
+def _find_config(name: str) -> Path:
+    """The file, or the preset of that name."""
+    if Path(name).exists() or name.endswith(".toml"):
+        return Path(name)
+    folder = Path(str(files("fedprior") / "presets"))
+    configs.known_name("TOML file or preset", name, sorted(p.stem for p in folder.glob("*.toml")))
+    return folder / f"{name}.toml"
+
+
+def _new_folder(name: str) -> Path:
+    return Path("runs") / f"{time.strftime('%Y-%m-%d-%H%M%S')}-{name}"
+
+
+_OWN = "the algorithm's own"
+Dataset = Annotated[str, typer.Argument(help="A data set (see `fedprior data`), or a .csv or .parquet file.")]
+Algorithms = Annotated[str, typer.Option(help="Names with commas between them (see `fedprior algorithms`).")]
+Rounds = Annotated[int, typer.Option(help="Rounds of each algorithm.")]
+Clients = Annotated[int, typer.Option(help="Clients that share the data; by_key has one for each key.")]
+Cohort = Annotated[int, typer.Option(help="Clients sampled each round.")]
+Scheme = Annotated[str, typer.Option(help="dirichlet, iid, shards or by_key; auto: by_key if the data have keys.")]
+Alpha = Annotated[float, typer.Option(help="Of dirichlet: the smaller, the fewer labels a client has.")]
+Holdout = Annotated[float, typer.Option(help="Fraction of each client's examples kept for its evaluation.")]
+Seed = Annotated[int, typer.Option(help="All randomness derives from it.")]
+Model = Annotated[str, typer.Option(help="lenet, mlp, softmax or char_gru; auto: by data set.")]
+Rate = Annotated[float | None, typer.Option(help="Clients' learning rate.", show_default=_OWN)]
+Epochs = Annotated[int | None, typer.Option(help="Local epochs.", show_default=_OWN)]
+Batch = Annotated[int | None, typer.Option(help="Local batch size.", show_default=_OWN)]
+Every = Annotated[int, typer.Option(help="Rounds between evaluations on the test set.")]
+Dropout = Annotated[float, typer.Option(help="Probability that a sampled client never answers.")]
+Deadline = Annotated[float | None, typer.Option(help="Simulated seconds a round waits.", show_default="for all")]
+Threads = Annotated[int, typer.Option(help="PyTorch's threads while clients train.")]
+Folder = Annotated[str, typer.Option(help="Where the data set's files are; none: the usual places.")]
+Target = Annotated[str, typer.Option(help="Column to predict, of a .csv or .parquet file.")]
+Owner = Annotated[str, typer.Option(help="Column that says whose a row is, of a .csv or .parquet file.")]
+Resume = Annotated[bool, typer.Option("--resume", help="Go on with the comparison in --out.")]
+
+
+@app.command()
+@one_line
+def compare(
+    dataset: Dataset,
+    algorithms: Algorithms = "fedavg,fedprox,fedsparse",
+    rounds: Rounds = 100,
+    clients: Clients = 100,
+    cohort: Cohort = 10,
+    partition: Scheme = "auto",
+    alpha: Alpha = 1.0,
+    holdout: Holdout = 0.0,
+    seed: Seed = 0,
+    model: Model = "auto",
+    lr: Rate = None,
+    epochs: Epochs = None,
+    batch_size: Batch = None,
+    evaluate_every: Every = 1,
+    dropout: Dropout = 0.0,
+    deadline_seconds: Deadline = None,
+    threads: Threads = 1,
+    folder: Folder = "none",
+    target: Target = "none",
+    client: Owner = "none",
+    out: Out = None,
+    resume: Resume = False,
+    quiet: Quiet = False,
+) -> None:
+    """Run algorithms on the same clients and the same initial model; table, results.json and report.html."""
+    given = locals()
+    if resume and out is None:
+        raise ValueError("--resume needs --out, the folder of the comparison to go on with")
+    _compare(
+        [_config(given, name) for name in _names(algorithms)], out or _new_folder(Path(dataset).stem), resume, quiet
+    )
+
+
+def _names(algorithms: str) -> list[str]:
+    names = [name.strip() for name in algorithms.split(",")]
+    if len(set(names)) < len(names):
+        raise ValueError(f"each algorithm can be named once, got {algorithms}")
+    return names
+
+
+def _compare(wanted: list[configs.Config], place: Path, resume: bool, quiet: bool) -> None:
+    if not resume and comparing.holds_comparison(place):
+        raise FileExistsError(f"{place} holds results already: go on with --resume, or choose another --out")
+    with _interruptible(f"the same command with --out {place} --resume"):
+        experiment = comparing.build(wanted[0])
+        rows = comparing.compare(experiment, [c.algorithm for c in wanted], place, resume, False if quiet else None)
+        written = _report(place)
+    if not quiet:
+        _print_rows(rows)
+    typer.echo(written)
+
+
+def _config(given: dict[str, Any], name: str) -> configs.Config:
+    """The options of compare as one algorithm's configuration; base is the current folder."""
+    kind = Path(given["dataset"]).suffix[1:]
+    table = kind in configs.TABLES
+    source = {key: given[key] for key in ("folder", "target", "client", "partition", "clients", "alpha", "holdout")}
+    source |= {"name": kind, "path": given["dataset"]} if table else {"name": given["dataset"]}
+    own = {key: given[key] for key in ("lr", "epochs", "batch_size") if given[key] is not None}
+    sections = {
+        "run": {key: given[key] for key in ("rounds", "cohort", "seed", "evaluate_every", "threads")},
+        "data": source,
+        "model": {"name": given["model"]},
+        "algorithm": {"name": name, **own},
+        "availability": {key: given[key] for key in ("dropout", "deadline_seconds")},
+    }
+    return configs.parse(sections, Path.cwd())
+
+
+def _report(folder: Path) -> str:
+    """The report, or how to get it: a finished comparison is not refused for want of plots."""
+    if find_spec("matplotlib") is None:
+        return f"{folder}; for report.html: pip install 'fedprior[report]', then fedprior report {folder}"
+    from fedprior import report
+
+    return str(report.write(folder))
+
+
+@app.command()
+@one_line
+def report(
+    folder: Annotated[Path, typer.Argument(help="A run's or a comparison's folder.", metavar="DIR")],
+) -> None:
+    """Rebuild report.html and its plots from the records in DIR."""
+    from fedprior import report as reporting
+
+    typer.echo(str(reporting.write(folder)))
+
+
+@app.command()
+@one_line
+def algorithms() -> None:
+    """The named algorithms, as prior + inference + server + codec + weighting."""
+    table = Table("algorithm", "prior", "inference", "server", "codec", "weighting", "reference")
+    for name, make in fedprior.ALGORITHMS.items():
+        a = make()
+        parts = (_brief(part) for part in (a.prior, a.inference, a.server, a.codec))
+        table.add_row(name, *parts, a.weighting, (getdoc(make) or "").splitlines()[0].split(": ")[0])
+    _console().print(table)
+
+
+def _brief(part: Any) -> str:
+    """The part's class, with the fields that are not at their defaults."""
+    named = fields(part) if is_dataclass(part) else ()
+    wanted = [f for f in named if f.default != getattr(part, f.name) and f.name not in ("lr", "epochs", "batch_size")]
+    return f"{type(part).__name__}({', '.join(f'{f.name}={getattr(part, f.name)}' for f in wanted)})"
+
+
+@app.command()
+@one_line
+def data() -> None:
+    """The data sets: which are here, where, and how to get the others."""
+    table = Table("data set", "found", "where", "how to get it")
+    for source in available():
+        table.add_row(source.name, "yes" if source.found else "no", source.where, source.how)
+    _console().print(table)
+
+
+def _print_rows(rows: list[comparing.Row]) -> None:
+    table = Table("algorithm")
+    for title in ("accuracy", "nats", "MB up", "MB down", "parameters left", "seconds", "rounds"):
+        table.add_column(title, justify="right")
+    for row in rows:
+        table.add_row(*comparing.cells(row))
+    _console().print(table)
+
+
+def _console() -> Console:
+    """On stdout; wide where it is not a terminal. Without markup: [data] is the name of an extra."""
+    return Console(width=None if sys.stdout.isatty() else 140, markup=False)

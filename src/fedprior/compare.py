@@ -1,0 +1,290 @@
+"""From a Config to a run in a folder, and several algorithms on the same clients and the same initial model.
+
+A run's folder holds run.toml, records.jsonl, the checkpoint and, once it is finished, clients.json (the final model
+on each client), model.safetensors (its parameters) and results.json (one row of numbers), which is written last. A
+comparison's folder holds one such folder an algorithm and the rows of all.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save
+from torch import nn
+
+from fedprior import config as configs
+from fedprior import data
+from fedprior.config import TABLES, Config, DataConfig
+from fedprior.core import Examples, Population
+from fedprior.data.shakespeare import VOCABULARY
+from fedprior.engines import Sequential
+from fedprior.objective import Objective
+from fedprior.records import read, write_atomically
+from fedprior.result import Result
+from fedprior.rng import generator
+from fedprior.run import RECORDS, run
+from fedprior.tree import size
+
+TOML, RESULTS, CLIENTS, MODEL = "run.toml", "results.json", "clients.json", "model.safetensors"
+KEYS = ("algorithm", "accuracy", "nats", "bytes_up", "bytes_down", "parameters", "parameters_left", "seconds", "rounds")
+_FREE = {"run": {"rounds", "evaluate_every", "checkpoint_every"}, "data": {"folder", "path"}}
+
+Row = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """A Config with what it describes.
+
+    Attributes:
+        config: complete, its model resolved.
+        clients: the partition.
+        test: for the central evaluation; None if there is no such example.
+        model: initialised.
+        loss: "classification", or "regression" for floating targets.
+    """
+
+    config: Config
+    clients: Population
+    test: Examples | None
+    model: nn.Module
+    loss: str
+
+
+def build(config: Config) -> Experiment:
+    """Load, partition, initialise; a ValueError for sizes that do not fit together."""
+    _check_device(config.run.device)
+    train, test = _load(config.data, config.run.seed)
+    scheme = config.data.partition
+    if scheme == "auto":
+        scheme = "dirichlet" if train.keys is None else "by_key"
+    clients = _partition(replace(config.data, partition=scheme), train, config.run.seed)
+    if config.run.cohort > len(clients):
+        raise ValueError(f"cohort must be between 1 and the {len(clients)} clients, got {config.run.cohort}")
+    regression = train.y.is_floating_point()
+    outputs = 1 if regression else 1 + max(int(e.y.max()) for e in (train, test) if len(e))
+    if config.data.name == "shakespeare":
+        outputs = len(VOCABULARY)
+    model = configs.resolve(config.model, config.data.name, train.x, outputs, config.run.seed)
+    dealt = replace(config.data, partition=scheme, clients=len(clients))
+    config = replace(config, data=dealt, model=model)
+    loss = "regression" if regression else "classification"
+    return Experiment(config, clients, test if len(test) else None, _fitting_model(config, train), loss)
+
+
+def _fitting_model(config: Config, train: Examples) -> nn.Module:
+    """The model, tried on one example."""
+    model = config.make_model()
+    try:
+        model(train.x[:1])
+    except (RuntimeError, IndexError, TypeError) as error:
+        shape = tuple(train.x.shape[1:])
+        raise ValueError(
+            f"the model {config.model.name!r} does not fit examples of shape {shape}, {train.x.dtype}: {error}"
+        ) from error
+    return model
+
+
+def _check_device(device: str) -> None:
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"device {device!r} cannot be used here: {error}") from error
+
+
+def _load(source: DataConfig, seed: int) -> tuple[Examples, Examples]:
+    """Train and test examples."""
+    if source.name not in TABLES:
+        return data.load(source.name, source.folder)
+    table: Callable[..., Examples] = data.from_csv if source.name == "csv" else data.from_parquet
+    try:
+        examples = table(source.path, source.target, source.client)
+    except ValueError as error:
+        raise ValueError(f"cannot read {source.path}: {error}") from error
+    # a model's outputs are (n, 1), and so must the targets be
+    y = examples.y[:, None] if examples.y.is_floating_point() else examples.y
+    order = torch.randperm(len(y), generator=generator(seed, "test_fraction"))
+    cut = round(source.test_fraction * len(y))
+    owners = examples.keys
+    keys = None if owners is None else [str(owners[i]) for i in order[cut:].tolist()]
+    return Examples(examples.x[order[cut:]], y[order[cut:]], keys), Examples(examples.x[order[:cut]], y[order[:cut]])
+
+
+def _partition(source: DataConfig, train: Examples, seed: int) -> Population:
+    """The clients, as [data] deals them."""
+    if source.partition == "by_key":
+        return data.by_key(train, seed=seed, holdout=source.holdout)
+    if source.partition == "dirichlet":
+        return data.dirichlet(train, source.clients, source.alpha, seed, holdout=source.holdout)
+    if source.partition == "shards":
+        return data.shards(train, source.clients, source.shards_per_client, seed, source.holdout)
+    return data.iid(train, source.clients, seed, source.holdout)
+
+
+def holds_run(folder: Path) -> bool:
+    """Is there a run in the folder, finished or not?"""
+    return (folder / RECORDS).exists() or (folder / "checkpoint.json").exists()
+
+
+def holds_comparison(folder: Path) -> bool:
+    """Is there a comparison, or a run?"""
+    return holds_run(folder) or any(holds_run(path.parent) for path in folder.glob(f"*/{RECORDS}"))
+
+
+def execute(experiment: Experiment, folder: Path, resume: bool = False, progress: bool | None = None) -> Row:
+    """Run into `folder` and write what a finished run has; refuse before there is a folder."""
+    config = experiment.config
+    _check_algorithm(experiment)
+    folder.mkdir(parents=True, exist_ok=True)
+    write_atomically(folder / TOML, configs.to_toml(config).encode())
+    result = run(
+        config.make_algorithm(),
+        experiment.model,
+        experiment.clients,
+        rounds=config.run.rounds,
+        cohort=config.run.cohort,
+        test=experiment.test,
+        seed=config.run.seed,
+        loss=experiment.loss,
+        engine=Sequential(config.run.threads),
+        availability=config.availability,
+        device=config.run.device,
+        out=folder,
+        resume=resume,
+        checkpoint_every=config.run.checkpoint_every,
+        evaluate_every=config.run.evaluate_every,
+        progress=progress,
+    )
+    return _finish(result, experiment.clients, folder)
+
+
+def _check_algorithm(experiment: Experiment) -> None:
+    """A ValueError for a prior that finds nothing to work on in the model, a ModuleNotFoundError for an extra."""
+    experiment.config.make_algorithm().bind(experiment.model, experiment.clients[0].train.x[:1])
+
+
+def _finish(result: Result, clients: Population, folder: Path) -> Row:
+    _write_json(folder / CLIENTS, [_finite(row) for row in result.per_client(clients)])
+    params = {name: value.detach().cpu().contiguous() for name, value in result.params.items()}
+    write_atomically(folder / MODEL, save(params))
+    row = as_row(result.row())
+    _write_json(folder / RESULTS, [row])
+    return row
+
+
+def as_row(numbers: Mapping[str, Any]) -> Row:
+    """KEYS, all of them; what was not measured is None."""
+    return _finite({key: numbers.get(key) for key in KEYS})
+
+
+def _finite(row: Mapping[str, Any]) -> Row:
+    """JSON has no nan and no inf: they are None."""
+    return {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()}
+
+
+def row_of_records(folder: Path) -> Row:
+    """The row of a run, finished or not, from its records and its run.toml."""
+    rounds, toml = read(folder / RECORDS), folder / TOML
+    config = configs.read(toml) if toml.exists() else None
+    metrics = next((r.metrics for r in reversed(rounds) if r.metrics), {})
+    return as_row(
+        {
+            **metrics,
+            "algorithm": config.algorithm.name if config else folder.absolute().name,
+            "bytes_up": sum(r.bytes_up for r in rounds),
+            "bytes_down": sum(r.bytes_down for r in rounds),
+            "parameters": size(Objective(config.make_model()).params()) if config else None,
+            "parameters_left": rounds[-1].parameters_left if rounds else None,
+            "seconds": sum(r.seconds + r.seconds_evaluate for r in rounds),
+            "rounds": len(rounds),
+        }
+    )
+
+
+def check_same(folder: Path, config: Config, algorithm: bool = True) -> None:
+    """A ValueError unless the run in `folder` was started with `config`, but for its length and the data's place."""
+    if not (folder / TOML).exists():
+        raise ValueError(f"{folder} holds no run: it has no {TOML}")
+    before, now = configs.read(folder / TOML).sections(), config.sections()
+    for section, keys in now.items():
+        if section == "algorithm" and not algorithm:
+            continue
+        for key in sorted(keys.keys() | before[section].keys()):
+            old, new = before[section].get(key), keys.get(key)
+            if old != new and key not in _FREE.get(section, ()):
+                raise ValueError(f"cannot go on with {folder}: {key} in [{section}] was {old!r} and is now {new!r}")
+    done = len(read(folder / RECORDS))
+    if algorithm and done > config.run.rounds:
+        raise ValueError(f"cannot go on with {folder}: it has {done} rounds already, and rounds is {config.run.rounds}")
+
+
+def compare(
+    experiment: Experiment,
+    algorithms: Sequence[configs.Call],
+    folder: Path,
+    resume: bool = False,
+    progress: bool | None = None,
+) -> list[Row]:
+    """Run each algorithm into folder/NAME, and write the rows of all to folder/results.json after each."""
+    experiments = [replace(experiment, config=replace(experiment.config, algorithm=call)) for call in algorithms]
+    for e in experiments:
+        _check_algorithm(e)
+    for path in sorted(folder.glob(f"*/{TOML}")):
+        for e in experiments:
+            if holds_run(path.parent):
+                check_same(path.parent, e.config, algorithm=path.parent.name == e.config.algorithm.name)
+    rows = read_rows(folder)
+    for e in experiments:
+        place = folder / e.config.algorithm.name
+        done = read_rows(place)
+        finished = bool(done) and done[0]["rounds"] == e.config.run.rounds
+        row = done[0] if finished else execute(e, place, resume, progress)
+        rows = _replaced(rows, row)
+        _write_json(folder / RESULTS, rows)
+    return rows
+
+
+def read_rows(folder: Path) -> list[Row]:
+    """The rows of results.json; none if there is no such file."""
+    path = folder / RESULTS
+    try:
+        rows = json.loads(path.read_text(encoding="utf-8")) if path.exists() else []
+        return [{key: row[key] for key in KEYS} for row in rows]
+    except (json.JSONDecodeError, KeyError, TypeError) as error:
+        raise ValueError(f"{path} is not a list of results: {error!r}") from error
+
+
+def cells(row: Mapping[str, Any]) -> list[str]:
+    """A row of results for people."""
+    left, total = row["parameters_left"], row["parameters"]
+    share = f" ({100 * left / total:.1f} %)" if left is not None and total else ""
+    return [
+        str(row["algorithm"]),
+        _number(row["accuracy"], ".4f"),
+        _number(row["nats"], ".4f"),
+        _number(row["bytes_up"] / 1e6, ",.2f"),
+        _number(row["bytes_down"] / 1e6, ",.2f"),
+        _number(left, ",") + share,
+        _number(row["seconds"], ",.1f"),
+        _number(row["rounds"], ","),
+    ]
+
+
+def _number(value: float | None, form: str) -> str:
+    return "–" if value is None else format(value, form)  # noqa: RUF001
+
+
+def _replaced(rows: Iterable[Row], row: Row) -> list[Row]:
+    """The rows with `row` in the place of the one of its algorithm, or at the end."""
+    by_name = {r["algorithm"]: r for r in rows} | {row["algorithm"]: row}
+    return list(by_name.values())
+
+
+def _write_json(path: Path, value: Any) -> None:
+    write_atomically(path, (json.dumps(value, indent=1, ensure_ascii=False, allow_nan=False) + "\n").encode())

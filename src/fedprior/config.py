@@ -1,0 +1,263 @@
+"""A run as a TOML file: five flat sections, every key with a default, and nothing that is not understood.
+
+    [run]           RunConfig: rounds, cohort, seed, ...
+    [data]          DataConfig: the examples and how they are dealt out to clients
+    [model]         name, and the arguments of a function of MODELS
+    [algorithm]     name, and the arguments of a constructor of fedprior.ALGORITHMS
+    [availability]  the fields of fedprior.Availability
+
+TOML has no null: the string "none" stands for it. Relative paths are those of the TOML file's folder.
+"""
+
+from __future__ import annotations
+
+import difflib
+import inspect
+import json
+import math
+import tomllib
+import types
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+
+from torch import Tensor, nn
+
+from fedprior import data, models
+from fedprior.algorithm import Algorithm
+from fedprior.algorithms import ALGORITHMS
+from fedprior.cohort import Availability
+
+MODELS: Mapping[str, Callable[..., nn.Module]] = {
+    f.__name__: f for f in (models.lenet, models.mlp, models.softmax, models.char_gru)
+}
+TABLES = ("csv", "parquet")
+PARTITIONS = ("dirichlet", "iid", "shards", "by_key")
+_AUTO = {"fashion-mnist": "lenet", "shakespeare": "char_gru"}
+_SMALL: Mapping[tuple[str, str], Mapping[str, Any]] = {("digits", "mlp"): {"hidden": (64,)}}
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """The arguments of fedprior.run that are plain values; threads are PyTorch's, "none" leaves them as they are."""
+
+    rounds: int = 100
+    cohort: int = 10
+    seed: int = 0
+    evaluate_every: int = 1
+    checkpoint_every: int = 1
+    device: str = "cpu"
+    threads: int | None = 1
+
+    def __post_init__(self) -> None:
+        for name in ("rounds", "cohort", "evaluate_every", "checkpoint_every", "threads"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"{name} must be at least 1, got {value}")
+        if self.seed < 0:
+            raise ValueError(f"seed must be 0 or more, got {self.seed}")
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """The examples and their clients.
+
+    Attributes:
+        name: of fedprior.data, or "csv" or "parquet" for a file of the user's own.
+        folder: where a named set's files are; None looks in the usual places.
+        path: of the user's file.
+        target: its column to predict.
+        client: its column that says whose a row is, for by_key.
+        test_fraction: of the user's rows, drawn at random, for the central evaluation.
+        partition: one of PARTITIONS; "auto" is by_key for examples that have owners, else dirichlet.
+        clients: how many; by_key has as many as there are owners.
+        alpha: of dirichlet.
+        shards_per_client: of shards.
+        holdout: the fraction of each client's examples that is held out.
+    """
+
+    name: str = "fashion-mnist"
+    folder: str | None = None
+    path: str | None = None
+    target: str | None = None
+    client: str | None = None
+    test_fraction: float = 0.2
+    partition: str = "auto"
+    clients: int = 100
+    alpha: float = 1.0
+    shards_per_client: int = 2
+    holdout: float = 0.0
+
+    def __post_init__(self) -> None:
+        known = [source.name for source in data.available()]
+        known_name("data set", self.name, [*known, *TABLES])
+        known_name("partition", self.partition, ["auto", *PARTITIONS])
+        if self.name in TABLES and (self.path is None or self.target is None):
+            raise ValueError(f'the data set "{self.name}" needs path = "FILE" and target = "COLUMN" in [data]')
+        if not 0 <= self.test_fraction < 1:
+            raise ValueError(f"test_fraction must be in [0, 1), got {self.test_fraction}")
+        if self.clients < 1:
+            raise ValueError(f"clients must be at least 1, got {self.clients}")
+        if not self.alpha > 0:
+            raise ValueError(f"alpha must be positive, got {self.alpha}")
+
+
+@dataclass(frozen=True)
+class Call:
+    """The name of a function in a table, and its arguments."""
+
+    name: str
+    arguments: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Config:
+    """A run. The model may be "auto" until `resolve` has seen the examples; all else is complete."""
+
+    run: RunConfig
+    data: DataConfig
+    model: Call
+    algorithm: Call
+    availability: Availability
+
+    def sections(self) -> dict[str, dict[str, Any]]:
+        """Section -> key -> value, in the order of the file."""
+        return {
+            "run": asdict(self.run),
+            "data": asdict(self.data),
+            "model": {"name": self.model.name, **self.model.arguments},
+            "algorithm": {"name": self.algorithm.name, **self.algorithm.arguments},
+            "availability": asdict(self.availability),
+        }
+
+    def make_algorithm(self) -> Algorithm:
+        """What [algorithm] describes."""
+        return ALGORITHMS[self.algorithm.name](**self.algorithm.arguments)
+
+    def make_model(self) -> nn.Module:
+        """What a resolved [model] describes."""
+        return MODELS[self.model.name](**self.model.arguments)
+
+
+def read(path: Path) -> Config:
+    """The configuration in a TOML file; a ValueError names the file and the line or key."""
+    try:
+        return parse(tomllib.loads(path.read_text(encoding="utf-8")), path.absolute().parent)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
+
+
+def parse(sections: Mapping[str, Any], base: Path) -> Config:
+    """A Config from the sections of a TOML file in the folder `base`; missing keys get their defaults."""
+    names = ("run", "data", "model", "algorithm", "availability")
+    for name, section in sections.items():
+        known_name("section", name, names)
+        if not isinstance(section, Mapping):
+            raise ValueError(f"{name!r} must be a section, [{name}], got {section!r}")
+    run, source, model, algorithm, availability = (dict(sections.get(name, {})) for name in names)
+    for key in ("folder", "path"):
+        if isinstance(source.get(key), str) and source[key] != "none":
+            source[key] = str(base / Path(source[key]).expanduser())
+    return Config(
+        RunConfig(**arguments(RunConfig, run, "run")),
+        DataConfig(**arguments(DataConfig, source, "data")),
+        _model(model),
+        _algorithm(algorithm),
+        Availability(**arguments(Availability, availability, "availability")),
+    )
+
+
+def _model(section: dict[str, Any]) -> Call:
+    name = section.pop("name", "auto")
+    known_name("model", name, ["auto", *MODELS])
+    if name == "auto":
+        return Call(name, section)
+    checked = arguments(MODELS[name], section, "model")
+    return Call(name, {key: checked[key] for key in section})
+
+
+def _algorithm(section: dict[str, Any]) -> Call:
+    name = section.pop("name", "fedavg")
+    known_name("algorithm", name, ALGORITHMS)
+    call = Call(name, arguments(ALGORITHMS[name], section, "algorithm"))
+    ALGORITHMS[name](**call.arguments)
+    return call
+
+
+def resolve(model: Call, dataset: str, x: Tensor, outputs: int, seed: int) -> Call:
+    """The model with all its arguments: those given, else what the data say, else the function's defaults."""
+    name = _AUTO.get(dataset, "mlp") if model.name == "auto" else model.name
+    said = {"inputs": x[0].numel(), "image": x.shape[-1], "classes": outputs, "vocabulary": outputs, "seed": seed}
+    wanted = inspect.signature(MODELS[name]).parameters
+    said = {k: v for k, v in said.items() if k in wanted}
+    given = {**said, **_SMALL.get((dataset, name), {}), **model.arguments}
+    return Call(name, arguments(MODELS[name], given, "model"))
+
+
+def arguments(function: Callable[..., Any], given: Mapping[str, Any], section: str) -> dict[str, Any]:
+    """All arguments of `function` by name: those given, checked against its annotations, and its defaults."""
+    parameters, hints = inspect.signature(function).parameters, get_type_hints(function)
+    for key in given:
+        known_name(f"key in [{section}]", key, parameters)
+    values = {}
+    for name, parameter in parameters.items():
+        if name in given:
+            values[name] = _value(hints[name], given[name], f"{name} in [{section}]")
+        elif parameter.default is not parameter.empty:
+            values[name] = parameter.default
+    return values
+
+
+def _value(hint: Any, value: Any, what: str) -> Any:
+    """`value` as its annotation wants it."""
+    options = get_args(hint) if get_origin(hint) in (Union, types.UnionType) else (hint,)
+    for option in options:
+        if option is types.NoneType and value in ("none", None):
+            return None
+        if get_origin(option) is Literal and value in get_args(option):
+            return value
+        if option is float and isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value):
+            return float(value)
+        if option in (int, str, bool) and type(value) is option and value != "none":
+            return value
+        if get_origin(option) is tuple and (items := _items(get_args(option), value)) is not None:
+            return items
+    wanted = " or ".join(getattr(o, "__name__", str(o)) if get_origin(o) is None else str(o) for o in options)
+    raise ValueError(f"{what} must be {wanted.replace('NoneType', chr(34) + 'none' + chr(34))}, got {value!r}")
+
+
+def _items(kinds: tuple[Any, ...], value: Any) -> tuple[Any, ...] | None:
+    """A tuple whose items are of these kinds, or None."""
+    if not isinstance(value, list | tuple):
+        return None
+    kinds = (kinds[0],) * len(value) if kinds[-1] is Ellipsis else kinds
+    fits = len(kinds) == len(value) and all(type(v) is kind for v, kind in zip(value, kinds, strict=True))
+    return tuple(value) if fits else None
+
+
+def known_name(what: str, name: Any, known: Iterable[str]) -> None:
+    """A ValueError with the known names, unless `name` is one of them."""
+    known = list(known)
+    if name not in known:
+        close = difflib.get_close_matches(str(name), known, n=1)
+        hint = f", did you mean {close[0]!r}?" if close else ";"
+        raise ValueError(f"unknown {what} {name!r}{hint} known: {', '.join(known)}")
+
+
+def to_toml(config: Config) -> str:
+    """The inverse of `parse`."""
+    lines = ["# again, with the same bits:  fedprior run THIS_FILE --out OTHER_FOLDER"]
+    for name, section in config.sections().items():
+        lines += ["", f"[{name}]", *(f"{key} = {_toml(value)}" for key, value in section.items())]
+    return "\n".join(lines) + "\n"
+
+
+def _toml(value: Any) -> str:
+    if value is None:
+        return '"none"'
+    if isinstance(value, list | tuple):
+        return f"[{', '.join(map(_toml, value))}]"
+    if isinstance(value, str):
+        return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
+    return str(value).lower() if isinstance(value, bool) else repr(value)

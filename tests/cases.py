@@ -1,0 +1,187 @@
+"""The tables of cases, and the small clients and models that the tests share."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import reduce
+from operator import add
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import fedprior as fp
+from fedprior import Client, Examples, Params, Stats, posteriors, priors, tree
+from fedprior.objective import Objective
+from fedprior.rng import generator
+from learned_scale import LearnedScale
+
+
+@dataclass(frozen=True)
+class Diagonal:
+    """N(m, diag v), as a mean-field inference would return it."""
+
+    m: Params
+    v: Params
+
+    def mean(self) -> Params:
+        return self.m
+
+    def second_moment(self) -> Params:
+        return tree.map(lambda m, v: m**2 + v, self.m, self.v)
+
+
+def normal(rng: torch.Generator, like: Params) -> Params:
+    return {k: torch.randn(v.shape, generator=rng, dtype=v.dtype) for k, v in like.items()}
+
+
+def uniform(rng: torch.Generator, like: Params, low: float, high: float) -> Params:
+    return {k: low + (high - low) * torch.rand(v.shape, generator=rng, dtype=v.dtype) for k, v in like.items()}
+
+
+def conv_net() -> nn.Module:
+    """Images of 8 x 8; three gateable layers."""
+    layers = [nn.Conv2d(1, 3, 3), nn.MaxPool2d(2), nn.ReLU(), nn.Conv2d(3, 4, 2), nn.ReLU(), nn.Flatten()]
+    net = nn.Sequential(*layers, nn.Linear(16, 5), nn.ReLU(), nn.Linear(5, 3)).double()
+    return redraw(net)
+
+
+def redraw(model: nn.Module, seed: int = 0) -> nn.Module:
+    """Parameters drawn from our own generator: the global one decides nothing here."""
+    rng = generator(seed, "redraw")
+    with torch.no_grad():
+        for p in model.parameters():
+            p.copy_(0.5 * torch.randn(p.shape, generator=rng, dtype=torch.float64))
+    return model
+
+
+PLAIN: Params = {"weight": torch.zeros(3, 2, dtype=torch.float64), "bias": torch.zeros(2, dtype=torch.float64)}
+IMAGES = torch.zeros(1, 1, 8, 8, dtype=torch.float64)
+VECTORS = torch.zeros(1, 4, dtype=torch.float64)
+
+
+@dataclass(frozen=True)
+class Case:
+    """A prior, the parameters it is over, and a random posterior of one client.
+
+    Attributes:
+        curved: False if log_prob does not depend on some field of eta (the flat limit).
+    """
+
+    name: str
+    prior: Any
+    params: Params
+    posterior: Callable[[Case, torch.Generator], Any]
+    curved: bool = True
+
+    def __str__(self) -> str:
+        return self.name
+
+    def eta(self, seed: int = 0) -> Any:
+        return self.prior.init(normal(generator(seed, "eta"), self.params))
+
+    def client(self, seed: int) -> Stats:
+        return self.prior.stats(self.posterior(self, generator(seed, "posterior")))
+
+    def clients(self, count: int = 5) -> list[Stats]:
+        """Statistics of clients with unequal weights."""
+        return [self.client(seed).weighted(0.5 + seed) for seed in range(count)]
+
+    def with_prior(self, prior: Any) -> Case:
+        return replace(self, prior=prior)
+
+
+def point(case: Case, rng: torch.Generator) -> posteriors.Point:
+    return posteriors.Point(normal(rng, case.params))
+
+
+def diagonal(case: Case, rng: torch.Generator) -> Diagonal:
+    return Diagonal(normal(rng, case.params), uniform(rng, case.params, 0.1, 2.0))
+
+
+def gates(case: Case, rng: torch.Generator) -> Params:
+    return {g.name: 0.1 + 0.8 * torch.rand(g.units, generator=rng, dtype=torch.float64) for g in case.prior.groups}
+
+
+def expected_gates(case: Case, rng: torch.Generator) -> posteriors.Gated:
+    pi = gates(case, rng)
+    return posteriors.Gated(normal(rng, case.params), pi, pi)
+
+
+def drawn_gates(case: Case, rng: torch.Generator) -> posteriors.Gated:
+    pi = gates(case, rng)
+    z = {k: (torch.rand(v.shape, generator=rng, dtype=v.dtype) < v).to(v) for k, v in pi.items()}
+    return posteriors.Gated(normal(rng, case.params), pi, z)
+
+
+def bound(prior: priors.SpikeSlab, model: nn.Module, x: Tensor) -> dict[str, Any]:
+    return {"prior": prior.bind(model, x), "params": Objective(model).params()}
+
+
+MLP = fp.models.mlp(4, (3, 2), 2).double()
+CONV = conv_net()
+PRIORS = [
+    Case("gaussian-0", priors.Gaussian(), PLAIN, point, curved=False),
+    Case("gaussian-2", priors.Gaussian(2.0), PLAIN, point),
+    Case("gaussian-2-diagonal", priors.Gaussian(2.0), PLAIN, diagonal),
+    Case("learned-scale", LearnedScale(floor=1e-9), PLAIN, point),
+    Case("learned-scale-diagonal", LearnedScale(floor=1e-9), PLAIN, diagonal),
+    Case("spike-slab-mlp", **bound(priors.SpikeSlab(0.3), MLP, VECTORS), posterior=expected_gates, curved=False),
+    Case("spike-slab-mlp-3", **bound(priors.SpikeSlab(0.3, 3.0), MLP, VECTORS), posterior=expected_gates),
+    Case("spike-slab-mlp-3-drawn", **bound(priors.SpikeSlab(0.3, 3.0), MLP, VECTORS), posterior=drawn_gates),
+    Case("spike-slab-conv", **bound(priors.SpikeSlab(0.1), CONV, IMAGES), posterior=expected_gates, curved=False),
+    Case("spike-slab-conv-3", **bound(priors.SpikeSlab(0.1, 3.0), CONV, IMAGES), posterior=expected_gates),
+]
+
+
+def total(stats: Sequence[Stats]) -> Stats:
+    return reduce(add, stats)
+
+
+def classification_clients(
+    sizes: Sequence[int], inputs: int = 4, classes: int = 3, dtype: torch.dtype = torch.float32, seed: int = 0
+) -> list[Client]:
+    """Clients of unequal sizes around class means of their own, each a little shifted."""
+    rng = generator(seed, "clients")
+    means = 2 * torch.randn(classes, inputs, generator=rng, dtype=dtype)
+    clients = []
+    for index, size in enumerate(sizes):
+        y = torch.randint(classes, (size,), generator=rng)
+        shift = 0.3 * torch.randn(inputs, generator=rng, dtype=dtype)
+        x = means[y] + shift + torch.randn(size, inputs, generator=rng, dtype=dtype)
+        clients.append(Client(index, f"client-{index}", Examples(x, y)))
+    return clients
+
+
+def image_clients(count: int, size: int = 24, seed: int = 0) -> list[Client]:
+    """Noisy 16 x 16 images whose class is a bright corner."""
+    rng = generator(seed, "images")
+    clients = []
+    for index in range(count):
+        y = torch.randint(4, (size,), generator=rng)
+        x = 0.3 * torch.randn(size, 1, 16, 16, generator=rng)
+        for i, corner in enumerate(y.tolist()):
+            top, left = 8 * (corner // 2), 8 * (corner % 2)
+            x[i, 0, top : top + 8, left : left + 8] += 1
+        clients.append(Client(index, f"client-{index}", Examples(x, y)))
+    return clients
+
+
+def pooled(clients: Sequence[Client]) -> Examples:
+    return Examples(torch.cat([c.train.x for c in clients]), torch.cat([c.train.y for c in clients]))
+
+
+def equal(a: Params, b: Params) -> bool:
+    """The same names, and the same bits."""
+    return a.keys() == b.keys() and all(torch.equal(v, b[k]) for k, v in a.items())
+
+
+def close(a: Params, b: Params, tolerance: float = 1e-12) -> bool:
+    return a.keys() == b.keys() and all(torch.allclose(v, b[k], rtol=tolerance, atol=tolerance) for k, v in a.items())
+
+
+def without_seconds(history: Sequence[fp.Round]) -> list[fp.Round]:
+    """Records without wall times: what must be equal between equal runs."""
+    rows = [replace(r, clients=tuple(replace(c, seconds=0.0) for c in r.clients)) for r in history]
+    return [replace(r, seconds=0.0, seconds_evaluate=0.0) for r in rows]

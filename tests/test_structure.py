@@ -1,0 +1,239 @@
+"""Groups of coupled units: closing a unit's gate is the same as building the model without it."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+
+import fedprior as fp
+from cases import conv_net, redraw
+from fedprior import Params, structure
+from fedprior.objective import Objective
+from fedprior.rng import generator
+
+
+class Residual(nn.Module):
+    """stem -> relu -> + conv2(relu(conv1(.))) -> relu -> head: the stem's filters and conv2's are one group."""
+
+    def __init__(self, width: int = 4, inner: int = 3) -> None:
+        super().__init__()
+        self.stem, self.conv1 = nn.Conv2d(1, width, 3), nn.Conv2d(width, inner, 3, padding=1)
+        self.conv2, self.head = nn.Conv2d(inner, width, 3, padding=1), nn.Linear(width, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.stem(x).relu()
+        return self.head((h + self.conv2(self.conv1(h).relu())).relu().mean((2, 3)))
+
+
+class OneLayerBlock(nn.Module):
+    """a -> relu -> h + b(h) -> head: rows and columns of b are the same units."""
+
+    def __init__(self, width: int = 3) -> None:
+        super().__init__()
+        self.a, self.b, self.head = nn.Linear(4, width), nn.Linear(width, width), nn.Linear(width, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.a(x).relu()
+        return self.head((h + self.b(h)).relu())
+
+
+class Branches(nn.Module):
+    """Two convolutions side by side, concatenated: each holds some of the third one's columns."""
+
+    def __init__(self, first: int = 3, second: int = 2, third: int = 4) -> None:
+        super().__init__()
+        self.a, self.b = nn.Conv2d(1, first, 3), nn.Conv2d(1, second, 3)
+        self.c, self.head = nn.Conv2d(first + second, third, 3), nn.Linear(third, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = torch.cat([self.a(x).relu(), self.b(x).relu()], 1)
+        return self.head(self.c(h).relu().mean((2, 3)))
+
+
+def norm_net(first: int = 4, second: int = 3) -> nn.Module:
+    """Convolutions with batch norm."""
+    layers = [nn.Conv2d(1, first, 3), nn.BatchNorm2d(first), nn.ReLU(), nn.Conv2d(first, second, 3)]
+    layers += [nn.BatchNorm2d(second), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(second, 3)]
+    return nn.Sequential(*layers)
+
+
+@dataclass(frozen=True)
+class Case:
+    """A model by the widths of its groups, and the shape of its input.
+
+    Attributes:
+        build: widths -> model.
+        slices: parameter -> (group of its rows, group of its columns), -1 for none.
+    """
+
+    name: str
+    build: Callable[..., nn.Module]
+    widths: tuple[int, ...]
+    shape: tuple[int, ...]
+    slices: dict[str, tuple[int, int]]
+
+    def __str__(self) -> str:
+        return self.name
+
+    def model(self, widths: tuple[int, ...] | None = None) -> nn.Module:
+        model = redraw(self.build(*(widths or self.widths)).double(), 1).eval()
+        with torch.no_grad():
+            for i, buffer in enumerate(b for b in model.buffers() if b.is_floating_point()):
+                buffer.copy_(1 + torch.rand(buffer.shape, generator=generator(i, "buffer"), dtype=torch.float64))
+        return model
+
+    def x(self) -> Tensor:
+        return torch.randn(5, *self.shape, generator=generator(0, "x"), dtype=torch.float64)
+
+    def smaller(self, params: Params, keep: tuple[list[int], ...]) -> tuple[nn.Module, Params]:
+        """The model built with fewer units, and the rows and columns of the parameters that it still has."""
+        model = self.model(tuple(len(k) for k in keep))
+        sliced = {}
+        for name, value in params.items():
+            for dim, group in enumerate(self.slices.get(name, ())[: value.ndim]):
+                if group >= 0:
+                    block = value.shape[dim] // self.widths[group]  # more than 1 after a flattening
+                    rows = [unit * block + i for unit in keep[group] for i in range(block)]
+                    value = value.index_select(dim, torch.tensor(rows))
+            sliced[name] = value
+        return model, sliced
+
+
+def layer(name: str, rows: int, columns: int = -1) -> dict[str, tuple[int, int]]:
+    return {f"{name}.weight": (rows, columns), f"{name}.bias": (rows, -1)}
+
+
+def norm(name: str, rows: int) -> dict[str, tuple[int, int]]:
+    return {f"{name}.{k}": (rows, -1) for k in ("weight", "bias", "running_mean", "running_var")}
+
+
+def lenet(first: int, second: int, hidden: int) -> nn.Module:
+    return fp.models.lenet((first, second), hidden, 3, 20)
+
+
+def mlp(first: int, second: int) -> nn.Module:
+    return fp.models.mlp(4, (first, second), 2)
+
+
+CASES = [
+    Case("mlp", mlp, (4, 3), (4,), layer("1", 0) | layer("3", 1, 0) | layer("5", -1, 1)),
+    Case(
+        "lenet",
+        lenet,
+        (3, 4, 5),
+        (1, 20, 20),
+        layer("0", 0) | layer("3", 1, 0) | layer("7", 2, 1) | layer("9", -1, 2),
+    ),
+    Case(
+        "batch-norm",
+        norm_net,
+        (4, 3),
+        (1, 8, 8),
+        layer("0", 0) | norm("1", 0) | layer("3", 1, 0) | norm("4", 1) | layer("8", -1, 1),
+    ),
+    Case(
+        "residual",
+        Residual,
+        (4, 3),
+        (1, 8, 8),
+        layer("stem", 0) | layer("conv1", 1, 0) | layer("conv2", 0, 1) | layer("head", -1, 0),
+    ),
+    Case("one-layer-block", OneLayerBlock, (3,), (4,), layer("a", 0) | layer("b", 0, 0) | layer("head", -1, 0)),
+]
+
+
+def by_width(case: Case, found: tuple[structure.Group, ...]) -> list[structure.Group]:
+    """The found groups in the order of the case's widths: by the parameters whose rows they hold."""
+    order = []
+    for index in range(len(case.widths)):
+        rows = {name for name, (row, _) in case.slices.items() if row == index and name.endswith("weight")}
+        order.append(next(g for g in found if rows <= {m.name for m in g.members if m.out}))
+    return order
+
+
+def subsets(width: int) -> list[list[int]]:
+    """All units, one missing at each end, one left."""
+    units = list(range(width))
+    return [units, units[1:], units[:-1], units[1:2]]
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_a_closed_gate_is_a_smaller_model(case: Case) -> None:
+    model, x = case.model(), case.x()
+    found = by_width(case, structure.groups(model, x))
+    assert [g.units for g in found] == list(case.widths) and len(found) == len(structure.groups(model, x))
+    params = Objective(model).params()
+    for keep in itertools.product(*map(subsets, case.widths)):
+        gate = {g.name: torch.tensor([float(i in k) for i in range(g.units)]) for g, k in zip(found, keep, strict=True)}
+        closed = functional_call(model, structure.close_gates(found, gate, params), (x,))
+        small, sliced = case.smaller(params, keep)
+        assert torch.allclose(closed, functional_call(small, sliced, (x,)), rtol=0, atol=1e-12)
+        z = structure.alive(found, gate, params)
+        trained = dict(small.named_parameters())
+        left = structure.count_alive({k: z[k] for k in trained}, {k: params[k] for k in trained})
+        assert left == sum(p.numel() for p in trained.values())
+        masked = {k: v * z[k] for k, v in params.items()}
+        assert torch.allclose(closed, functional_call(model, masked, (x,)), rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_looking_at_a_model_does_not_change_it(case: Case) -> None:
+    model, state = case.model().train(), torch.get_rng_state()
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    structure.groups(model, case.x())
+    assert model.training and torch.equal(state, torch.get_rng_state())
+    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+    assert structure.groups(model, case.x()) == structure.groups(model, case.x())
+
+
+def test_groups_of_concatenated_layers() -> None:
+    """a and b hold 3 and 2 of the 5 columns of c; a closed unit still has no effect on the output."""
+    model = redraw(Branches().double()).eval()
+    x = torch.randn(2, 1, 8, 8, generator=generator(0, "x"), dtype=torch.float64)
+    found = {g.name: g for g in structure.groups(model, x)}
+    params = Objective(model).params()
+    gate = {name: torch.ones(g.units) for name, g in found.items()}
+    assert structure.count_alive(structure.alive(found.values(), gate, params), params) == sum(
+        p.numel() for p in params.values()
+    )
+    gate["b"][0] = 0
+    z = structure.alive(found.values(), gate, params)
+    assert not z["c.weight"].expand_as(params["c.weight"])[:, 3].any()
+    assert z["c.weight"].expand_as(params["c.weight"])[:, [0, 1, 2, 4]].all()
+    without = {k: v * z[k] for k, v in params.items()}
+    closed = functional_call(model, structure.close_gates(found.values(), gate, params), (x,))
+    assert torch.allclose(closed, functional_call(model, without, (x,)), rtol=0, atol=1e-12)
+    assert not torch.allclose(closed, model(x))
+
+
+@pytest.mark.parametrize("build", [fp.models.softmax, lambda: fp.models.char_gru(20)], ids=["softmax", "gru"])
+def test_a_model_without_units_is_refused(build: Callable[[], nn.Module]) -> None:
+    model = build()
+    x = torch.zeros(1, 5, dtype=torch.int64) if isinstance(model, fp.models.CharGRU) else torch.zeros(1, 784)
+    with pytest.raises(ValueError, match=r"no unit of (Sequential|CharGRU) can be gated.*Gaussian"):
+        structure.groups(model, x)
+
+
+def test_output_units_are_never_gated() -> None:
+    for case in CASES:
+        model = case.model()
+        last = list(model.state_dict())[-1].split(".")[0]
+        held = {m.name for g in structure.groups(model, case.x()) for m in g.members if m.out}
+        assert not any(name.startswith(f"{last}.") for name in held), case.name
+
+
+def test_layers_of_other_types_stay_dense() -> None:
+    """A grouped convolution and a layer norm: their groups are left whole, the rest is found."""
+    model = redraw(
+        nn.Sequential(nn.Linear(4, 6), nn.LayerNorm(6), nn.Linear(6, 5), nn.ReLU(), nn.Linear(5, 2)).double()
+    )
+    found = structure.groups(model, torch.zeros(1, 4, dtype=torch.float64))
+    assert [g.name for g in found] == ["2"]
+    net = conv_net()
+    assert len(structure.groups(net, torch.zeros(1, 1, 8, 8, dtype=torch.float64))) == 3

@@ -1,0 +1,113 @@
+"""Messages and frames for the tests of the wire."""
+
+from __future__ import annotations
+
+import math
+import struct
+import zlib
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as hnp
+
+from fedprior import Params
+from fedprior.codecs import Dense, Sparse
+from fedprior.codecs.frame import HEADER_BYTES
+
+DTYPES = {"float32": torch.float32, "float64": torch.float64}
+HEADER = struct.Struct("<4sBBH8sdI")  # the layout of the docstring of codecs/frame.py, written down again
+BITS = {"float32": np.int32, "float64": np.int64}
+
+
+@dataclass(frozen=True)
+class Case:
+    codec: Dense | Sparse
+    lossless_zero: bool
+
+    def __str__(self) -> str:
+        return f"{type(self.codec).__name__}-{self.codec.value_type}"
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return DTYPES[self.codec.value_type]
+
+    @property
+    def itemsize(self) -> int:
+        return self.dtype.itemsize
+
+    def length(self, message: Params) -> int:
+        """The length of a payload, by the codec's formula: one plain loop over entries."""
+        return HEADER_BYTES + sum(self._dense(v) if self.lossless_zero else self._sparse(v) for v in message.values())
+
+    def _dense(self, value: torch.Tensor) -> int:
+        return self.itemsize * value.numel()
+
+    def _sparse(self, value: torch.Tensor) -> int:
+        if value.ndim == 0:
+            return self.itemsize
+        kept = [{int(i[d]) for i in value.nonzero()} if d < 2 else set(range(n)) for d, n in enumerate(value.shape)]
+        rows = [torch.tensor(sorted(k), dtype=torch.int64) for k in kept]
+        inside = value[torch.meshgrid(*rows, indexing="ij")].flatten().tolist()
+        masks = sum(math.ceil(n / 8) for n in value.shape[:2])
+        return masks + 1 + self.itemsize * (1 if inside and len(set(inside)) == 1 else len(inside))
+
+    def message(self) -> Params:
+        """A scalar, a vector with zeros, a matrix with dead rows and columns, a mask, and an image filter."""
+        matrix = torch.arange(1.0, 21, dtype=self.dtype).view(4, 5)
+        matrix[1], matrix[:, 3] = 0, 0
+        return {
+            "scalar": torch.tensor(2.5, dtype=self.dtype),
+            "vector": torch.tensor([0, -1.5, 0, 3, 0, 0, 0, 0, 7], dtype=self.dtype),
+            "matrix": matrix,
+            "mask": torch.tensor([[1, 0, 1]], dtype=self.dtype),
+            "filter": torch.linspace(-1, 1, 36, dtype=self.dtype).view(2, 2, 3, 3),
+            "zeros": torch.zeros(3, 2, dtype=self.dtype),
+        }
+
+
+CASES = [Case(Dense(), True), Case(Dense("float64"), True), Case(Sparse(), False), Case(Sparse("float64"), False)]
+
+
+def same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
+    """Equal as bit patterns: tells -0.0 from 0.0."""
+    integers = torch.int32 if a.dtype == torch.float32 else torch.int64
+    return a.shape == b.shape and a.dtype == b.dtype and torch.equal(a.view(integers), b.view(integers))
+
+
+def seal(payload: bytes) -> bytes:
+    """The same frame with a length and a checksum that fit its body: what a hostile client would send."""
+    fields = bytearray(payload[: HEADER.size])
+    body = payload[HEADER_BYTES:]
+    fields[HEADER.size - 4 :] = struct.pack("<I", len(body))
+    return bytes(fields) + struct.pack("<I", zlib.crc32(body, zlib.crc32(bytes(fields)))) + body
+
+
+def with_field(payload: bytes, position: int, value: object) -> bytes:
+    """The frame with one header field replaced, and sealed again."""
+    fields = list(HEADER.unpack(payload[: HEADER.size]))
+    fields[position] = value
+    head = HEADER.pack(*fields)
+    body = payload[HEADER_BYTES:]
+    return head + struct.pack("<I", zlib.crc32(body, zlib.crc32(head))) + body
+
+
+def with_body(payload: bytes, body: bytes) -> bytes:
+    return seal(payload[:HEADER_BYTES] + body)
+
+
+@st.composite
+def messages(draw: st.DrawFn, dtype: torch.dtype) -> Params:
+    """Up to four tensors of 0 to 4 dimensions (some empty), with rows and columns set to zero."""
+    width, message = 8 * dtype.itemsize, {}
+    for index in range(draw(st.integers(1, 4))):
+        shape = draw(hnp.array_shapes(min_dims=0, max_dims=4, min_side=0, max_side=4))
+        elements = st.floats(allow_nan=False, allow_infinity=False, width=width) | st.sampled_from([0.0, -0.0, 1.0])
+        values = draw(hnp.arrays(np.dtype(f"float{width}"), shape, elements=elements))
+        for dim, size in enumerate(shape[:2]):
+            for unit in draw(st.sets(st.integers(0, max(size - 1, 0)), max_size=size)):
+                if size:
+                    values[(slice(None),) * dim + (unit,)] = 0
+        message[f"t{index}"] = torch.from_numpy(np.array(values))
+    return message
