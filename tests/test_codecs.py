@@ -117,7 +117,8 @@ def test_messages_for_another_schema_codec_or_type_are_refused(case: Case) -> No
         assert "schema" in reason(case, payload, other)
     for other in CASES:
         if other != case:
-            assert "(version, codec, value type)" in reason(other, payload, message) or len(payload) > 100
+            text = reason(other, payload, message)  # a longer payload than any of the other codec is refused unread
+            assert "(version, codec, value type)" in text or "fit this schema" in text
 
 
 @cases

@@ -84,7 +84,7 @@ def fedyogi(
 
 def fedsparse(
     lr: float = 0.05,
-    lambda_0: float = 0.005,
+    lambda_0: float = 0.01,
     gate_lr: float = 0.05,
     precision: float = 0.0,
     epochs: int = 1,

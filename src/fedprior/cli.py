@@ -1,16 +1,12 @@
 """The command line: run, compare, report, algorithms, data.
 
-What the user can mend is one line on stderr and exit code 2; anything else is a bug and keeps its traceback.
+What the user can mend is one line on stderr and exit code 2 (refusals.py).
 """
 
 from __future__ import annotations
 
-import functools
 import sys
 import time
-import traceback
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import fields, is_dataclass
 from importlib.resources import files
 from importlib.util import find_spec
@@ -26,6 +22,7 @@ import fedprior
 from fedprior import compare as comparing
 from fedprior import config as configs
 from fedprior.data import available
+from fedprior.refusals import interruptible, one_line
 
 app = typer.Typer(
     help="Federated learning in which the prior is the algorithm.",
@@ -38,50 +35,6 @@ app = typer.Typer(
 def main() -> None:
     """The entry point."""
     app(prog_name="fedprior")
-
-
-def one_line(command: Callable[..., None]) -> Callable[..., None]:
-    """A command whose refusals are one line and exit code 2."""
-
-    @functools.wraps(command)
-    def wrapped(*args: Any, **kwargs: Any) -> None:
-        try:
-            command(*args, **kwargs)
-        except (ValueError, OSError, ModuleNotFoundError) as error:
-            if not _is_refusal(error):
-                raise
-            typer.echo(f"fedprior: {_text(error)}", err=True)
-            raise typer.Exit(2) from error
-        except KeyboardInterrupt as error:
-            typer.echo("fedprior: stopped", err=True)
-            raise typer.Exit(130) from error
-
-    return wrapped
-
-
-def _is_refusal(error: Exception) -> bool:
-    """Did fedprior raise it itself, and not in a client's E-step, which adds a note?"""
-    if isinstance(error, OSError):
-        return True
-    last = traceback.extract_tb(error.__traceback__)[-1]
-    ours = Path(fedprior.__file__).parent in Path(last.filename).parents
-    return ours and (last.line or "").startswith("raise") and not getattr(error, "__notes__", [])
-
-
-def _text(error: Exception) -> str:
-    if isinstance(error, OSError) and error.strerror and error.filename:
-        return f"{error.filename}: {error.strerror}"
-    return " ".join(str(error).split())
-
-
-@contextmanager
-def _interruptible(how: str) -> Iterator[None]:
-    """Ctrl-C is one line that says how to go on, and exit code 130."""
-    try:
-        yield
-    except KeyboardInterrupt as error:
-        typer.echo(f"fedprior: stopped; to go on: {how}", err=True)
-        raise typer.Exit(130) from error
 
 
 def _show_version(value: bool) -> None:
@@ -118,7 +71,7 @@ def run(config: Config, out: Out = None, resume: Again = None, quiet: Quiet = Fa
         comparing.check_same(folder, experiment.config)
     elif comparing.holds_comparison(folder):
         raise FileExistsError(f"{folder} holds results already: go on with --resume {folder}, or choose another --out")
-    with _interruptible(f"fedprior run {folder / comparing.TOML} --resume {folder}"):
+    with interruptible(f"fedprior run {folder / comparing.TOML} --resume {folder}"):
         row = comparing.execute(experiment, folder, resume is not None, False if quiet else None)
     if not quiet:
         _print_rows([row])
@@ -208,7 +161,7 @@ def _names(algorithms: str) -> list[str]:
 def _compare(wanted: list[configs.Config], place: Path, resume: bool, quiet: bool) -> None:
     if not resume and comparing.holds_comparison(place):
         raise FileExistsError(f"{place} holds results already: go on with --resume, or choose another --out")
-    with _interruptible(f"the same command with --out {place} --resume"):
+    with interruptible(f"the same command with --out {place} --resume"):
         experiment = comparing.build(wanted[0])
         rows = comparing.compare(experiment, [c.algorithm for c in wanted], place, resume, False if quiet else None)
         written = _report(place)
@@ -273,14 +226,25 @@ def _brief(part: Any) -> str:
     return f"{type(part).__name__}({', '.join(f'{f.name}={getattr(part, f.name)}' for f in wanted)})"
 
 
+Name = Annotated[str, typer.Argument(help="Only this one; exit code 1 if it is not here.", show_default="all")]
+Silent = Annotated[bool, typer.Option("--quiet", help="No table, only the exit code.")]
+
+
 @app.command()
 @one_line
-def data() -> None:
+def data(name: Name = "", quiet: Silent = False) -> None:
     """The data sets: which are here, where, and how to get the others."""
+    sources = available()
+    if name:
+        configs.known_name("data set", name, [source.name for source in sources])
+        sources = [source for source in sources if source.name == name]
     table = Table("data set", "found", "where", "how to get it")
-    for source in available():
+    for source in sources:
         table.add_row(source.name, "yes" if source.found else "no", source.where, source.how)
-    _console().print(table)
+    if not quiet:
+        _console().print(table)
+    if name and not sources[0].found:
+        raise typer.Exit(1)
 
 
 def _print_rows(rows: list[comparing.Row]) -> None:

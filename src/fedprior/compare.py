@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from copy import deepcopy
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -67,14 +68,11 @@ def build(config: Config) -> Experiment:
     clients = _partition(replace(config.data, partition=scheme), train, config.run.seed)
     if config.run.cohort > len(clients):
         raise ValueError(f"cohort must be between 1 and the {len(clients)} clients, got {config.run.cohort}")
-    regression = train.y.is_floating_point()
-    outputs = 1 if regression else 1 + max(int(e.y.max()) for e in (train, test) if len(e))
-    if config.data.name == "shakespeare":
-        outputs = len(VOCABULARY)
+    outputs = len(VOCABULARY) if config.data.name == "shakespeare" else _outputs(train, test)
     model = configs.resolve(config.model, config.data.name, train.x, outputs, config.run.seed)
     dealt = replace(config.data, partition=scheme, clients=len(clients))
     config = replace(config, data=dealt, model=model)
-    loss = "regression" if regression else "classification"
+    loss = "regression" if train.y.is_floating_point() else "classification"
     return Experiment(config, clients, test if len(test) else None, _fitting_model(config, train), loss)
 
 
@@ -89,6 +87,16 @@ def _fitting_model(config: Config, train: Examples) -> nn.Module:
             f"the model {config.model.name!r} does not fit examples of shape {shape}, {train.x.dtype}: {error}"
         ) from error
     return model
+
+
+def _outputs(train: Examples, test: Examples) -> int:
+    """The number of a model's outputs: one for a floating target, else one a class."""
+    if train.y.is_floating_point():
+        return 1
+    labels = torch.cat([train.y, test.y])
+    if int(labels.min()) < 0:
+        raise ValueError(f"classes are numbered from 0 up, and the target has {int(labels.min())}; write them as text")
+    return 1 + int(labels.max())
 
 
 def _check_device(device: str) -> None:
@@ -145,7 +153,7 @@ def execute(experiment: Experiment, folder: Path, resume: bool = False, progress
     write_atomically(folder / TOML, configs.to_toml(config).encode())
     result = run(
         config.make_algorithm(),
-        experiment.model,
+        deepcopy(experiment.model),  # run moves it to the device
         experiment.clients,
         rounds=config.run.rounds,
         cohort=config.run.cohort,

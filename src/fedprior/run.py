@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
@@ -142,6 +143,7 @@ class _Loop:
         availability = availability or Availability()
         setting = {"algorithm": str(algorithm), "seed": seed, "cohort": cohort, "population": len(clients)}
         setting |= {"availability": asdict(availability), "parameters": _shapes(objective.params())}
+        setting |= {"first client": _identity(clients[0]), "last client": _identity(clients[len(clients) - 1])}
         example = clients[0].train
         _check_model(objective, example.to(device))
         algorithm = algorithm.bind(objective.model, example.x[:1].to(device))
@@ -235,6 +237,12 @@ def _check_model(objective: Objective, data: Examples) -> None:
 
 def _shapes(params: Params) -> dict[str, str]:
     return {k: f"{tuple(v.shape)} {v.dtype}" for k, v in params.items()}
+
+
+def _identity(client: Client) -> str:
+    """Enough to notice another partition: name, number and a digest of the training targets."""
+    digest = hashlib.sha256(client.train.y.cpu().contiguous().numpy().tobytes()).hexdigest()[:16]
+    return f"{client.name}, {len(client.train)} examples, {digest}"
 
 
 def _open(folder: Path, loop: _Loop, resume: bool) -> _State:

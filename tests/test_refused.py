@@ -1,0 +1,101 @@
+"""Bad uploads in a run: dropped, recorded with name and reason, and the round goes on without them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import pytest
+import torch
+
+import fedprior as fp
+from cases import classification_clients, equal
+from fedprior import Client, Examples, inference, priors
+from fedprior.codecs import Dense, Sparse
+from wire import with_body, with_field
+
+SIZES, VICTIM = (4, 9, 7, 5), 2
+
+
+@dataclass(frozen=True)
+class Corrupting:
+    """A codec whose payloads of one weight (weights are numbers of examples here) are damaged on their way."""
+
+    codec: Dense | Sparse
+    damage: Callable[[bytes], bytes]
+    weight: float = float(SIZES[VICTIM])
+
+    def encode(self, message, clients: float) -> bytes:
+        payload = self.codec.encode(message, clients)
+        return self.damage(payload) if clients == self.weight else payload
+
+    def decode(self, payload: bytes, schema):
+        return self.codec.decode(payload, schema)
+
+
+DAMAGE = {
+    "cut": (lambda p: p[:-3], "body of"),
+    "flipped": (lambda p: p[:40] + bytes([p[40] ^ 4]) + p[41:], "checksum"),
+    "empty": (lambda p: b"", "0 bytes"),
+    "nan": (lambda p: with_body(p, p[32:-4] + b"\xff" * 4), "not finite"),
+    "zero-count": (lambda p: with_field(p, 5, 0.0), "count of clients is 0"),
+    "greedy-count": (lambda p: with_field(p, 5, 1e12), "count of clients is 1"),
+    "nan-count": (lambda p: with_field(p, 5, float("nan")), "count of clients is nan"),
+    "other-schema": (lambda p: with_field(p, 4, b"12345678"), "another schema"),
+    "too-long": (lambda p: p * 3, "fit this schema"),
+}
+
+
+@pytest.mark.parametrize("codec", [Dense(), Sparse()], ids=lambda c: type(c).__name__)
+@pytest.mark.parametrize(("damage", "reason"), DAMAGE.values(), ids=DAMAGE)
+def test_one_corrupted_payload(codec, damage: Callable[[bytes], bytes], reason: str) -> None:
+    clients, model = classification_clients(SIZES), fp.models.softmax(4, 3)
+
+    def run(codec, clients) -> fp.Result:
+        algorithm = fp.Algorithm(priors.Gaussian(), inference.Point(0.1, 1, 4), codec=codec, weighting="examples")
+        return fp.run(algorithm, model, clients, rounds=2)
+
+    result = run(Corrupting(codec, damage), clients)
+    assert equal(result.params, run(codec, [c for c in clients if c.index != VICTIM]).params)
+    for record in result.history:
+        (lost,) = record.lost()
+        assert (lost.index, lost.client, lost.status) == (VICTIM, f"client-{VICTIM}", "rejected")
+        assert reason in lost.reason and f"client-{VICTIM}" in lost.reason
+        assert lost.bytes_up == len(damage(b"x" * record.clients[0].bytes_up))  # what arrived is counted, used or not
+        assert [c.status for c in record.clients].count("ok") == len(clients) - 1
+
+
+def test_a_client_whose_training_diverged() -> None:
+    """NaN in the data gives NaN parameters: that client is refused by name, the others are summed."""
+    clients, model = classification_clients(SIZES), fp.models.mlp(4, (5,), 3)
+    x = clients[1].train.x.clone()
+    x[0, 0] = float("nan")
+    sick = [*clients[:1], Client(1, "sick", Examples(x, clients[1].train.y)), *clients[2:]]
+    for algorithm in (fp.fedavg(0.1), fp.fedsparse(0.1)):
+        result = fp.run(algorithm, model, sick, rounds=1)
+        assert [(c.client, c.status) for c in result.history[0].lost()] == [("sick", "rejected")]
+        assert "not finite" in result.history[0].lost()[0].reason
+        well = [c for c in clients if c.index != 1]
+        assert equal(result.params, fp.run(algorithm, model, well, rounds=1).params)
+
+
+@pytest.mark.parametrize("make", [fp.fedavg, fp.fedadam, fp.fedsparse], ids=lambda f: f.__name__)
+def test_if_all_are_refused_eta_stays(make: Callable[..., fp.Algorithm]) -> None:
+    clients, model = classification_clients(SIZES), fp.models.mlp(4, (5,), 3)
+    result = fp.run(make(lr=1e30, epochs=4, batch_size=4), model, clients, rounds=2)
+    assert all(c.status == "rejected" and "not finite" in c.reason for r in result.history for c in r.clients)
+    assert equal(result.eta.mean, {k: p.detach() for k, p in model.named_parameters()})
+    assert all(torch.isfinite(v).all() for v in result.params.values())
+    assert result.bytes_up > 0
+
+
+def test_an_error_in_a_client_names_round_client_and_seed() -> None:
+    """Not a bad upload but a bug: it stops the run, and says where."""
+    clients, model = classification_clients((4, 5)), fp.models.softmax(4, 3)
+    broken = [clients[0], Client(1, "odd one", Examples(torch.zeros(3, 5), torch.zeros(3, dtype=torch.int64)))]
+    with pytest.raises(RuntimeError) as error:
+        fp.run(fp.fedavg(), model, broken, rounds=1, seed=7)
+    assert error.value.__notes__ == ["in round 1, client 'odd one' (index 1), seed 7"]
+    empty = [clients[0], Client(1, "empty", Examples(torch.zeros(0, 4), torch.zeros(0, dtype=torch.int64)))]
+    with pytest.raises(ValueError, match=r"client 'empty' has no training examples"):
+        fp.run(fp.fedavg(), model, empty, rounds=1)
