@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 WORKERS ?= 2
 DEMO ?= demo
 
-.PHONY: install demo test test-all check format docs clean
+.PHONY: install demo test test-all test-demo check format docs clean
 
 install: $(VENV)/.installed
 
@@ -24,6 +24,9 @@ test: install
 
 test-all: install
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) -m "slow or not slow"
+
+test-demo: install
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 0 -m slow tests/test_demo.py
 
 check: install
 	$(BIN)/ruff format --check .

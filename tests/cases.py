@@ -172,6 +172,11 @@ def pooled(clients: Sequence[Client]) -> Examples:
     return Examples(torch.cat([c.train.x for c in clients]), torch.cat([c.train.y for c in clients]))
 
 
+def everywhere(z: Params, params: Params) -> Params:
+    """z in the shapes of the parameters; 1 where no group holds an entry."""
+    return {k: z[k].expand_as(p) if k in z else torch.ones_like(p) for k, p in params.items()}
+
+
 def equal(a: Params, b: Params) -> bool:
     """The same names, and the same bits."""
     return a.keys() == b.keys() and all(torch.equal(v, b[k]) for k, v in a.items())

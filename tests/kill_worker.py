@@ -3,7 +3,7 @@
 It imports the library once and forks: each child is killed with SIGKILL and leaves what it had written.
 
     python kill_worker.py FOLDER random SEED      children are killed after random times
-    python kill_worker.py FOLDER points           children kill themselves before and after their n-th file operation
+    python kill_worker.py FOLDER points           children kill themselves after their n-th file operation
 """
 
 from __future__ import annotations
@@ -84,7 +84,7 @@ def at_random_times(out: Path, seed: int) -> dict[str, object]:
     rng, kills, finished = random.Random(seed), 0, set()
     while True:
         pid = child(lambda: run(out, ROUNDS))
-        time.sleep(rng.uniform(0.02, 0.1 + 0.02 * kills))
+        time.sleep(rng.uniform(0.01, 0.05 + 0.02 * kills))
         os.kill(pid, signal.SIGKILL)
         if not wait(pid):
             return {"kills": kills, "reached": sorted(finished)}
@@ -96,8 +96,8 @@ def at_random_times(out: Path, seed: int) -> dict[str, object]:
 
 
 def die_at(point: int) -> None:
-    """Kill this process at its n-th step between two file operations."""
-    seen = 0
+    """Kill this process after its n-th operation that changes files."""
+    seen, opened = 0, Path.open
 
     def step() -> None:
         nonlocal seen
@@ -105,16 +105,16 @@ def die_at(point: int) -> None:
         if seen == point:
             os.kill(os.getpid(), signal.SIGKILL)
 
-    for owner, name in ((Path, "replace"), (Path, "unlink"), (Path, "mkdir")):
-        original = getattr(owner, name)
+    for name in ("mkdir", "open", "replace", "unlink"):
+        original = getattr(Path, name)
 
-        def patched(*args, original=original, **fields):
-            step()
-            result = original(*args, **fields)
-            step()
+        def patched(self: Path, *args, original=original, **fields):
+            result = original(self, *args, **fields)
+            if original is not opened or "r" not in fields.get("mode", (*args, "r")[0]):
+                step()  # a file opened for writing is empty here, or not yet appended to
             return result
 
-        setattr(owner, name, patched)
+        setattr(Path, name, patched)
 
 
 def at_every_point(out: Path) -> dict[str, object]:

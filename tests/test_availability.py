@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from statistics import NormalDist
 
@@ -28,9 +29,7 @@ def test_dropout_has_its_frequency(dropout: float) -> None:
     assert {s for row in status for s in row} == ({"ok", "dropped"} if dropout else {"ok"})
     assert within(sum(map(sum, lost)), 3600, dropout)
     if dropout:
-        pairs = sum(
-            a and b for row, other in zip(lost, lost[1:], strict=False) for a, b in zip(row, other, strict=True)
-        )
+        pairs = sum(a and b for row, other in itertools.pairwise(lost) for a, b in zip(row, other, strict=True))
         assert within(pairs, 59 * 60, dropout**2)  # a client that dropped out is not likelier to do so again
     assert [[fleet.status(0, n, i, 1) for i in range(60)] for n in range(60)] == status
 

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 
 import pytest
 import torch
 
 import fedprior as fp
-from cases import image_clients, pooled
+from cases import everywhere, image_clients, pooled
 from fedprior import structure, tree
 from fedprior.codecs import Sparse, schema_of
 from fedprior.codecs.frame import HEADER_BYTES
@@ -17,15 +18,15 @@ CLIENTS, ROUNDS = 3, 12
 
 
 def run(lambda_0: float, rounds: int = ROUNDS, **fields) -> fp.Result:
-    clients = image_clients(CLIENTS)
-    algorithm = fp.fedsparse(lr=0.1, lambda_0=lambda_0, gate_lr=0.4, batch_size=8)
+    clients = image_clients(CLIENTS, 40)
+    algorithm = fp.fedsparse(lr=0.1, lambda_0=lambda_0, gate_lr=0.3, batch_size=8)
     model = fp.models.lenet((6, 8), 16, 4, 16)
     return fp.run(algorithm, model, clients, rounds=rounds, test=pooled(clients), **fields)
 
 
 @pytest.fixture(scope="module")
 def results() -> dict[float, fp.Result]:
-    return {price: run(price) for price in (0.0, 0.02, 0.1)}
+    return {price: run(price) for price in (0.0, 0.03, 0.1)}
 
 
 def test_a_higher_price_leaves_fewer_parameters(results) -> None:
@@ -41,16 +42,19 @@ def test_bytes_fall_in_both_directions_as_units_go(results) -> None:
     history = results[0.1].history
     left = [r.parameters_left for r in history]
     assert left == sorted(left, reverse=True) and left[-1] < left[0]
-    down = [r.bytes_down for r in history]
-    assert down == sorted(down, reverse=True) and down[-1] < 0.5 * down[0]
+    slack = CLIENTS * 4 * (6 + 8 + 16)  # where all theta of a group are equal, as at their clamp, one of them is sent
+    assert all(b.bytes_down <= a.bytes_down + slack for a, b in itertools.pairwise(history))
+    fell = [i for i in range(1, ROUNDS - 1) if left[i] < left[i - 1]]
+    assert fell and all(history[i + 1].bytes_down < history[i].bytes_down for i in fell)
+    assert history[-1].bytes_down < 0.5 * history[0].bytes_down
     assert history[-1].bytes_up < 0.5 * history[0].bytes_up
-    dense = fp.run(fp.fedavg(), fp.models.lenet((6, 8), 16, 4, 16), image_clients(CLIENTS), rounds=1)
+    dense = fp.run(fp.fedavg(), fp.models.lenet((6, 8), 16, 4, 16), image_clients(CLIENTS, 40), rounds=1)
     assert history[-1].bytes_down < 0.5 * dense.bytes_down and history[-1].bytes_up < 0.5 * dense.bytes_up
 
 
 def test_the_sparse_model_still_learns(results) -> None:
     """Four bright corners are easy: far above the 0.25 of guessing."""
-    assert results[0.02].accuracy > 0.8
+    assert results[0.03].accuracy > 0.8
 
 
 def bits(count: int) -> int:
@@ -97,12 +101,12 @@ def test_removed_units_stay_removed_in_a_run(results) -> None:
     assert any(g.any() for g in gone.values())
     assert all(not full.keep[g][mask].any() for g, mask in gone.items())
     on = structure.alive(results[0.1].algorithm.prior.groups, {g: (~m).float() for g, m in gone.items()}, full.mean)
-    assert all(not v[on[k].expand_as(v) == 0].any() for k, v in full.mean.items())
+    assert all(not v[z == 0].any() for v, z in zip(full.mean.values(), everywhere(on, full.mean).values(), strict=True))
 
 
 def test_the_reported_accuracy_is_that_of_the_exported_model(results) -> None:
     for result in results.values():
-        data = pooled(image_clients(CLIENTS))
+        data = pooled(image_clients(CLIENTS, 40))
         with torch.no_grad():
             hits = (result.model()(data.x).argmax(1) == data.y).double().mean()
         assert result.accuracy == pytest.approx(float(hits))

@@ -9,8 +9,8 @@ import pytest
 import torch
 
 import laws
-from cases import CONV, IMAGES, PRIORS, Case, bound, close, diagonal, drawn_gates, equal, point, total
-from fedprior import priors, tree
+from cases import CONV, IMAGES, PRIORS, Case, bound, close, diagonal, drawn_gates, equal, everywhere, point, total
+from fedprior import priors, structure, tree
 from fedprior.core import Stats
 from learned_scale import LearnedScale
 
@@ -31,20 +31,21 @@ def test_the_flat_limit_keeps_the_m_step() -> None:
 
 @pytest.mark.parametrize("case", [c for c in PRIORS if isinstance(c.prior, priors.SpikeSlab)], ids=str)
 def test_what_nobody_kept_stays(case: Case) -> None:
-    """A unit closed at every client leaves its weights as they were; the others are weighted means."""
-    clients = [replace_gate(case, seed) for seed in range(4)]
+    """A unit closed at every client leaves its weights as they were; the others are the clients' means."""
+    clients, first = [unit_0_closed(case, seed) for seed in range(4)], case.client(0)["gate"]
+    gate = {g: (torch.arange(len(k)) > 0).double() for g, k in first.items()}
     eta = case.eta()
     new = case.prior.m_step(eta, total(clients).only(case.prior.uplink))
     kept = 0
-    for name, w in eta.mean.items():
-        z = total(clients)["z"][name].expand_as(w)
+    for name, z in everywhere(structure.owned(case.prior.groups, gate, eta.mean), eta.mean).items():
+        w = eta.mean[name]
         assert torch.equal(new.mean[name][z == 0], w[z == 0])
         assert not (new.mean[name][z > 0] == w[z > 0]).any()
         kept += int((z == 0).sum())
     assert kept > 0
 
 
-def replace_gate(case: Case, seed: int) -> Stats:
+def unit_0_closed(case: Case, seed: int) -> Stats:
     """A client with unit 0 of every group closed and the other units open."""
     q = case.posterior(case, torch.Generator().manual_seed(seed))
     z = {g: torch.cat([k.new_zeros(1), k.new_ones(len(k) - 1)]) for g, k in q.keep.items()}

@@ -10,7 +10,7 @@ import torch
 
 import fedprior as fp
 from cases import classification_clients, equal
-from fedprior import Client, Examples, inference, priors
+from fedprior import Client, Examples, inference, posteriors, priors
 from fedprior.codecs import Dense, Sparse
 from wire import with_body, with_field
 
@@ -87,6 +87,24 @@ def test_if_all_are_refused_eta_stays(make: Callable[..., fp.Algorithm]) -> None
     assert equal(result.eta.mean, {k: p.detach() for k, p in model.named_parameters()})
     assert all(torch.isfinite(v).all() for v in result.params.values())
     assert result.bytes_up > 0
+
+
+@dataclass(frozen=True)
+class Huge:
+    """An E-step whose answer is finite, and infinite once two of them are added."""
+
+    def start(self, prior, eta) -> posteriors.Point:
+        return posteriors.Point(prior.point(eta))
+
+    def e_step(self, objective, prior, eta, client, state, rng):
+        return posteriors.Point({k: torch.full_like(v, 3e38) for k, v in prior.point(eta).items()}), None
+
+
+def test_a_sum_that_overflows_does_not_end_the_run() -> None:
+    clients, model = classification_clients(SIZES), fp.models.softmax(4, 3)
+    result = fp.run(fp.Algorithm(priors.Gaussian(), Huge()), model, clients, rounds=2)
+    assert all(torch.isfinite(v).all() for v in result.params.values())
+    assert all("not finite" in r.kept_eta for r in result.history)
 
 
 def test_an_error_in_a_client_names_round_client_and_seed() -> None:

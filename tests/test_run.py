@@ -57,7 +57,7 @@ def test_a_resumed_run_has_the_bits_of_one_that_was_never_stopped(
     assert written == resumed.history
 
 
-class Stop(Exception):  # noqa: N818
+class Stop(Exception):
     """Raised by on_round: the user's Ctrl-C."""
 
 

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 from torch.distributions import Bernoulli, Normal
 
-from cases import MLP, PRIORS, VECTORS, Case, close, drawn_gates, expected_gates, normal, total
-from fedprior import Params, posteriors, priors, structure, tree
+from cases import MLP, PRIORS, VECTORS, Case, close, drawn_gates, everywhere, expected_gates, normal, total
+from fedprior import Params, gates, posteriors, priors, structure, tree
 from fedprior.core import Stats
 from fedprior.objective import Objective
 from fedprior.priors import SpikeSlab
@@ -44,22 +44,25 @@ def all_gates(case: Case) -> Iterator[Params]:
         yield {g.name: part for g, part in zip(case.prior.groups, parts, strict=True)}
 
 
-def held_by(case: Case) -> dict[str, Tensor]:
-    """For each parameter, entry -> the set of (group, unit) that hold it, as a (units, *shape) mask; a plain loop."""
+def held_by(case: Case, readers: bool = True) -> dict[str, Tensor]:
+    """For each parameter, entry -> the units that own it (or read it), as a (units, *shape) mask; a plain loop."""
     units = [(g.name, u) for g in case.prior.groups for u in range(g.units)]
     mask = {k: torch.zeros(len(units), *v.shape, dtype=torch.bool) for k, v in case.params.items()}
     for group in case.prior.groups:
-        for m in group.members:
+        for m in (m for m in group.members if m.out or readers):
             for position, unit in enumerate(m.unit):
                 if unit >= 0:
                     mask[m.name][units.index((group.name, unit))].select(m.dim, position)[...] = True
     return mask
 
 
-def live(case: Case, z: Params) -> Params:
-    """z_j of every entry: 1 while no unit that holds it is closed."""
-    gates = torch.cat([z[g.name] for g in case.prior.groups])
-    return {k: 1.0 - (m & (gates == 0).view(-1, *[1] * (m.ndim - 1))).any(0).double() for k, m in held_by(case).items()}
+def live(case: Case, z: Params, readers: bool = True) -> Params:
+    """1 for the entries of which no owner (and no unit that they read) is closed, else 0."""
+    flat = torch.cat([z[g.name] for g in case.prior.groups])
+    return {
+        k: 1.0 - (m & (flat == 0).view(-1, *[1] * (m.ndim - 1))).any(0).double()
+        for k, m in held_by(case, readers).items()
+    }
 
 
 def test_lambda_0_is_the_log_ratio_of_the_two_normalisers() -> None:
@@ -82,7 +85,7 @@ def test_log_prob_is_the_densities_of_the_story(case: Case) -> None:
     eta, differences = prior.Eta(w, theta), []
     for z in all_gates(case):
         story = torch.zeros((), dtype=torch.float64)
-        for name, on in live(case, z).items():
+        for name, on in live(case, z, readers=False).items():
             slab = Normal(w[name], precision**-0.5).log_prob(phi[name])
             spike = Normal(torch.zeros_like(phi[name]), spike_precision**-0.5).log_prob(torch.zeros_like(phi[name]))
             story = story + torch.where(on == 1, slab, spike).sum()
@@ -94,7 +97,7 @@ def test_log_prob_is_the_densities_of_the_story(case: Case) -> None:
 
 @pytest.mark.parametrize("case", TINY, ids=str)
 def test_statistics_of_expected_gates_are_the_expectation_over_gates(case: Case) -> None:
-    """E over all z ~ Bernoulli(pi), entries held by two units included, whichever groups these are of."""
+    """E over all z ~ Bernoulli(pi), in a net whose entries have owners and readers."""
     rng = generator(1, "expectation")
     q = expected_gates(case, rng)
     assert max(int(m.sum(0).max()) for m in held_by(case).values()) == 2
@@ -113,26 +116,34 @@ def test_statistics_of_expected_gates_are_the_expectation_over_gates(case: Case)
     assert torch.allclose(case.prior.log_prob(eta, got), case.prior.log_prob(eta, want), rtol=1e-12)
 
 
+@pytest.mark.parametrize("removed", [0, 1], ids=["whole", "one-removed"])
 @pytest.mark.parametrize("case", SLABS, ids=str)
-def test_each_term_of_log_prob_against_a_loop(case: Case) -> None:
-    """Two clients of weights 1 and 2.5; one Python number at a time."""
-    eta, clients = case.eta(), [(case.posterior(case, generator(s, "q")), w) for s, w in ((0, 1.0), (1, 2.5))]
-    gates = price = squares = 0.0
+def test_each_term_of_log_prob_against_a_loop(case: Case, removed: int) -> None:
+    """Two clients of weights 1 and 2.5; one Python number at a time. What a removed unit held has no price."""
+    on = {g: (torch.arange(len(k)) >= removed).double() for g, k in case.eta().keep.items()}
+    eta = case.eta()._replace(keep=tree.map(torch.mul, case.eta().keep, on))
+    clients = []
+    for seed, weight in ((0, 1.0), (1, 2.5)):
+        q = case.posterior(case, generator(seed, "q"))
+        pi = tree.map(torch.mul, q.keep, on)
+        clients.append((posteriors.Gated(q.phi, pi, pi), weight))
+    there = live(case, on)
+    entropy = price = squares = 0.0
     for q, weight in clients:
         for g, pi in q.keep.items():
             for p, theta in zip(pi.tolist(), eta.keep[g].tolist(), strict=True):
-                gates += weight * (p * math.log(theta) + (1 - p) * math.log(1 - theta))
+                entropy += weight * (p * math.log(theta) + (1 - p) * math.log(1 - theta)) if theta else 0.0
         pi = torch.cat([q.keep[g.name] for g in case.prior.groups])
-        for name, mask in held_by(case).items():
-            phi, w, holders = q.phi[name].flatten().tolist(), eta.mean[name].flatten().tolist(), mask.flatten(1)
-            for j, (a, b) in enumerate(zip(phi, w, strict=True)):
-                z = math.prod(pi[holders[:, j]].tolist())
-                price += weight * z
+        for name, mask in held_by(case, readers=False).items():
+            phi, w, owners = q.phi[name].flatten().tolist(), eta.mean[name].flatten().tolist(), mask.flatten(1)
+            for j, (a, b, alive) in enumerate(zip(phi, w, there[name].flatten().tolist(), strict=True)):
+                z = math.prod(pi[owners[:, j]].tolist())
+                price += weight * z * alive * bool(owners[:, j].any())  # an entry that no unit owns has no price
                 squares += weight * z * (a - b) ** 2
-    want = gates - case.prior.lambda_0 * price - case.prior.precision / 2 * squares
+    want = entropy - case.prior.lambda_0 * price - case.prior.precision / 2 * squares
     got = case.prior.log_prob(eta, total([case.prior.stats(q).weighted(w) for q, w in clients]))
     assert float(got) == pytest.approx(want, rel=1e-11)
-    assert min(abs(gates), price, squares) > 1
+    assert min(abs(entropy), price, squares) > 0.1
 
 
 @pytest.mark.parametrize("case", TINY, ids=str)
@@ -180,11 +191,32 @@ def test_project_clamps_and_keeps_the_best() -> None:
     prior = replace(case.prior, threshold=0.1, clamp=0.001)
     first, second = (torch.tensor(v, dtype=torch.float64) for v in ([0.05, 0.0999, 0.1], [0.02, 0.03]))
     eta = prior.project(prior.Eta(case.params, dict(zip(prior.init(case.params).keep, (first, second), strict=True))))
-    assert [k.tolist() for k in eta.keep.values()] == [[0, 0, 0.1], [0, 0.03]]
+    assert [k.tolist() for k in eta.keep.values()] == [[0, 0, 0.1], [0, 0.1]]
     ones = {g: torch.ones_like(k) for g, k in eta.keep.items()}
     eta = prior.project(prior.Eta(case.params, ones))
     assert all((k == 0.999).all() for k in eta.keep.values())
     assert all(torch.equal(prior.project(eta).keep[g], k) for g, k in eta.keep.items())
+
+
+def test_a_step_that_overshoots_does_not_bring_back_removed_units() -> None:
+    """A server step with momentum can take theta below 0; the best unit is then still a live one."""
+    case = SLABS[0]
+    thetas = dict(zip(case.eta().keep, ([0.0, -0.05, -0.1], [0.5, 0.5]), strict=True))
+    eta = case.eta()._replace(keep={g: torch.tensor(v, dtype=torch.float64) for g, v in thetas.items()})
+    before = case.eta()._replace(keep={g: (v != 0).to(v) for g, v in eta.keep.items()})
+    (first, _) = case.prior.project(eta, before).keep.values()
+    assert first[0] == 0 and first[1] > 0
+
+
+def test_a_client_cannot_bring_back_removed_units() -> None:
+    """Whatever an upload says of a removed unit, its theta and its weights stay 0."""
+    case = SLABS[0]
+    before = case.prior.project(
+        case.eta()._replace(keep={g: v * (torch.arange(len(v)) > 0) for g, v in case.eta().keep.items()})
+    )
+    after = case.prior.project(case.eta(), before)
+    assert all(theta[0] == 0 and (theta[1:] > 0).all() for theta in after.keep.values())
+    assert case.prior.parameters_left(after) == case.prior.parameters_left(before)
 
 
 def test_point_closes_removed_units() -> None:
@@ -193,10 +225,25 @@ def test_point_closes_removed_units() -> None:
     eta = case.eta()
     eta = case.prior.project(eta._replace(keep={g: k * (torch.arange(len(k)) != 1) for g, k in eta.keep.items()}))
     assert case.prior.parameters_left(eta) < tree.size(eta.mean)
-    point = case.prior.point(eta)
-    z = structure.alive(case.prior.groups, {g: (k > 0).double() for g, k in eta.keep.items()}, point)
-    assert all(not v[z[k].expand_as(v) == 0].any() for k, v in point.items())
-    assert all(v[z[k].expand_as(v) == 1].all() for k, v in point.items())
+    point, units = case.prior.point(eta), case.prior.groups
+    closed = {g: gates.at_test_time(k) for g, k in eta.keep.items()}
+    assert all((z[eta.keep[g] == 0] == 0).all() and (z[eta.keep[g] > 0.5] > 0).all() for g, z in closed.items())
+    for name, on in everywhere(structure.alive(units, eta.keep, point), point).items():
+        assert not point[name][on == 0].any()
+    for name, z in everywhere(structure.owned(units, closed, point), point).items():
+        assert torch.allclose(point[name], z * eta.mean[name], rtol=1e-12)
+
+
+@pytest.mark.parametrize("case", TINY, ids=str)
+def test_the_price_counts_what_is_really_there(case: Case) -> None:
+    """|g| by counting, for every set of removed units: entries that a unit owns and that read no removed unit."""
+    owners, units = held_by(case, readers=False), [(g.name, u) for g in case.prior.groups for u in range(g.units)]
+    for z in all_gates(case):
+        on = live(case, z)
+        want = [sum(int(on[k][mask[i]].sum()) for k, mask in owners.items()) for i in range(len(units))]
+        sizes = structure.sizes(case.prior.groups, z, case.params)
+        for (name, unit), count in zip(units, want, strict=True):
+            assert int(sizes[name][unit]) == count or z[name][unit] == 0
 
 
 @pytest.mark.parametrize(
@@ -215,7 +262,7 @@ def test_impossible_settings_are_refused(fields: dict[str, float], message: str)
 
 
 def test_a_posterior_without_gates_is_refused() -> None:
-    with pytest.raises(TypeError, match="inference.Gated"):
+    with pytest.raises(TypeError, match=r"inference\.Gated"):
         TINY[0].prior.stats(posteriors.Point(TINY[0].params))
     with pytest.raises(ValueError, match="precision"):
         priors.Gaussian(-1.0)

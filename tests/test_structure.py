@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 import fedprior as fp
-from cases import conv_net, redraw
+from cases import conv_net, everywhere, redraw
 from fedprior import Params, structure
 from fedprior.objective import Objective
 from fedprior.rng import generator
@@ -174,7 +174,7 @@ def test_a_closed_gate_is_a_smaller_model(case: Case) -> None:
         closed = functional_call(model, structure.close_gates(found, gate, params), (x,))
         small, sliced = case.smaller(params, keep)
         assert torch.allclose(closed, functional_call(small, sliced, (x,)), rtol=0, atol=1e-12)
-        z = structure.alive(found, gate, params)
+        z = everywhere(structure.alive(found, gate, params), params)
         trained = dict(small.named_parameters())
         left = structure.count_alive({k: z[k] for k in trained}, {k: params[k] for k in trained})
         assert left == sum(p.numel() for p in trained.values())
@@ -203,9 +203,8 @@ def test_groups_of_concatenated_layers() -> None:
         p.numel() for p in params.values()
     )
     gate["b"][0] = 0
-    z = structure.alive(found.values(), gate, params)
-    assert not z["c.weight"].expand_as(params["c.weight"])[:, 3].any()
-    assert z["c.weight"].expand_as(params["c.weight"])[:, [0, 1, 2, 4]].all()
+    z = everywhere(structure.alive(found.values(), gate, params), params)
+    assert not z["c.weight"][:, 3].any() and z["c.weight"][:, [0, 1, 2, 4]].all()
     without = {k: v * z[k] for k, v in params.items()}
     closed = functional_call(model, structure.close_gates(found.values(), gate, params), (x,))
     assert torch.allclose(closed, functional_call(model, without, (x,)), rtol=0, atol=1e-12)

@@ -4,7 +4,7 @@ Optional methods of a prior, each with the meaning it has when absent:
 
     bind(model, x) -> prior         look at the model before round one        (the prior itself)
     message(eta, q) -> Stats        what one client uploads                   (the `uplink` terms of stats(q))
-    project(eta) -> eta             back to feasible values, after a step     (eta)
+    project(eta, before) -> eta     back to feasible values, after a step     (eta)
     parameters_left(eta) -> int     parameters that are still alive           (all of them)
 """
 
@@ -74,7 +74,8 @@ class Algorithm:
 
     def start(self, params: Params) -> tuple[Eta, Params]:
         """The first eta and the server step's first state."""
-        eta = self.project(self.prior.init(params))
+        eta = self.prior.init(params)
+        eta = self._project(eta, eta)
         return eta, self.server.init(tree.flatten(eta))
 
     def m_step(self, eta: Eta, total: Stats, state: Params, exact: frozenset[str] = frozenset()) -> tuple[Eta, Params]:
@@ -89,12 +90,11 @@ class Algorithm:
         target = tree.flatten(self.prior.m_step(eta, total))
         flat, state = self.server.step(tree.flatten(eta), target, state)
         flat = {k: target[k] if k.split("/", 1)[1] in exact else v for k, v in flat.items()}
-        return self.project(tree.unflatten(eta, flat)), state
+        return self._project(tree.unflatten(eta, flat), eta), state
 
-    def project(self, eta: Eta) -> Eta:
-        """Feasible values."""
+    def _project(self, eta: Eta, before: Eta) -> Eta:
         project = getattr(self.prior, "project", None)
-        return project(eta) if project else eta
+        return project(eta, before) if project else eta
 
     def parameters_left(self, eta: Eta) -> int:
         """Parameters that are still alive, buffers included."""

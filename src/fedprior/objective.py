@@ -90,6 +90,7 @@ class Objective:
         parameters = dict(self.model.named_parameters())
         self.buffers = frozenset(name for name in self.params() if name not in parameters)
         self._counters = {k: b.clone() for k, b in self.model.named_buffers() if not b.is_floating_point()}
+        self.train(self.model.training)
 
     def params(self) -> Params:
         """A copy of the model's parameters and floating-point buffers."""
@@ -97,13 +98,13 @@ class Objective:
         return {name: value.detach().clone() for name, value in named if value.is_floating_point()}
 
     def train(self, mode: bool = True) -> None:
-        """Switch layers such as dropout and batch norm."""
+        """Switch layers such as dropout and batch norm, and set integer counters of batches back."""
         self.model.train(mode)
+        self._counting = {name: value.clone() for name, value in self._counters.items()}
 
     def outputs(self, phi: Params, x: Tensor) -> Tensor:
         """f(x; phi). In training mode the buffers in `phi` are updated in place."""
-        counters = {name: value.clone() for name, value in self._counters.items()}
-        return torch.func.functional_call(self.model, {**phi, **counters}, (x,))
+        return torch.func.functional_call(self.model, {**phi, **self._counting}, (x,))
 
     def log_lik(self, phi: Params, x: Tensor, y: Tensor) -> Tensor:
         """Mean log-likelihood per example of a batch, in nats; an E-step's gradient comes from here."""

@@ -41,6 +41,7 @@ class Round:
         metrics: of the model after the round on the test set: nats, accuracy, ...; empty if not evaluated.
         parameters_left: live parameters after the round.
         seconds: wall time of the round without its evaluation, `seconds_evaluate` that of the evaluation.
+        kept_eta: why the M-step was not taken and eta stayed as it was; empty if it was taken.
     """
 
     number: int
@@ -51,6 +52,7 @@ class Round:
     seconds_evaluate: float
     metrics: dict[str, float] = field(default_factory=dict)
     clients: tuple[ClientRecord, ...] = ()
+    kept_eta: str = ""
 
     def to_json(self) -> str:
         """One line."""
@@ -93,6 +95,8 @@ class RecordFile:
 
     def __init__(self, path: Path, last: int) -> None:
         self.rounds = [r for r in read(path) if r.number <= last]
+        if [r.number for r in self.rounds] != list(range(1, last + 1)):
+            raise ValueError(f"{path} does not have one record for each of the {last} rounds of the checkpoint")
         write_atomically(path, "".join(r.to_json() + "\n" for r in self.rounds).encode())
         self._file = path.open("a", encoding="utf-8")
 
@@ -100,6 +104,10 @@ class RecordFile:
         """Write one round."""
         self._file.write(record.to_json() + "\n")
         self._file.flush()
+
+    def sync(self) -> None:
+        """Return when all rounds are on the disk."""
+        os.fsync(self._file.fileno())
 
     def close(self) -> None:
         """Close the file."""

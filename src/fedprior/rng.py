@@ -33,6 +33,9 @@ def numpy_generator(seed: int, *names: int | str) -> np.random.Generator:
 def seeded_globals(rng: torch.Generator, device: str | torch.device = "cpu") -> Iterator[None]:
     """Layers such as dropout draw from PyTorch's global generator: lend it a seed, then give it back."""
     cuda = [torch.device(device)] if torch.device(device).type == "cuda" else []
+    seed = int(torch.randint(2**62, (), generator=rng))
     with torch.random.fork_rng(devices=cuda):
-        torch.random.manual_seed(int(torch.randint(2**62, (), generator=rng)))  # noqa: TID251
+        torch.default_generator.manual_seed(seed)  # torch.manual_seed would reach the GPUs of a CPU run as well
+        if cuda:
+            torch.cuda.manual_seed(seed)
         yield

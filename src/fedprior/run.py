@@ -17,7 +17,7 @@ from fedprior import checkpoint, tree
 from fedprior.algorithm import Algorithm
 from fedprior.codecs import schema_of
 from fedprior.cohort import Availability, sample
-from fedprior.core import Client, Engine, Eta, Examples, Params, Population, Schema
+from fedprior.core import Client, Engine, Eta, Examples, Params, Population, Schema, Stats
 from fedprior.engines import Sequential
 from fedprior.metrics import evaluate
 from fedprior.objective import Loss, Objective, PerExample
@@ -92,6 +92,7 @@ def run(
             if folder is not None and file is not None:
                 file.append(record)
                 if last or state.number % checkpoint_every == 0:
+                    file.sync()
                     _checkpoint(folder, loop, state)
             bar.update(record)
             if on_round is not None:
@@ -187,9 +188,7 @@ class _Loop:
             device=self.device,
         )
         total = self.engine.map_sum(work, sample(self.seed, number, len(self.clients), self.cohort))
-        eta, server = state.eta, state.server
-        if total is not None:
-            eta, server = self.algorithm.m_step(eta, total, server, self.objective.buffers)
+        eta, server, kept = self._m_step(state, total)
         seconds = time.perf_counter() - started
         started = time.perf_counter()
         point = self.algorithm.prior.point(eta)
@@ -203,8 +202,18 @@ class _Loop:
             seconds_evaluate=time.perf_counter() - started,
             metrics=metrics,
             clients=tuple(work.records),
+            kept_eta=kept,
         )
         return _State(number, eta, server, state.store), record
+
+    def _m_step(self, state: _State, total: Stats | None) -> tuple[Eta, Params, str]:
+        """The new eta and server state; the old ones, and why, if there is nothing to go by."""
+        if total is None:
+            return state.eta, state.server, "no client's statistics arrived"
+        eta, server = self.algorithm.m_step(state.eta, total, state.server, self.objective.buffers)
+        if not all(bool(value.isfinite().all()) for value in [*tree.flatten(eta).values(), *server.values()]):
+            return state.eta, state.server, "the M-step of the summed statistics is not finite"
+        return eta, server, ""
 
 
 def _check(clients: Any, rounds: int, cohort: int, checkpoint_every: int, evaluate_every: int) -> None:
@@ -248,6 +257,8 @@ def _identity(client: Client) -> str:
 def _open(folder: Path, loop: _Loop, resume: bool) -> _State:
     """A new run's folder, or the state of the run in it."""
     folder.mkdir(parents=True, exist_ok=True)
+    for left_by_a_crash in folder.glob(".*.tmp"):
+        left_by_a_crash.unlink()
     saved = checkpoint.read(folder)
     if not resume:
         if saved is not None or (folder / RECORDS).exists():

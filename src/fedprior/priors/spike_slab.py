@@ -42,8 +42,8 @@ class SpikeSlab:
         lambda_0: price of a live parameter, in nats per client's data set.
         precision: pull of an open weight towards the server's; 0 is flat.
         keep: theta at the start.
-        threshold: a unit with theta below it is removed for good; a group keeps its best unit.
-        clamp: theta stays in [clamp, 1 - clamp]: at 0 or 1 the log-odds are infinite.
+        threshold: a unit with theta below it is removed for good; a group keeps its best unit, at the threshold.
+        clamp: theta is at most 1 - clamp: at 1 the log-odds are infinite.
         groups: the model's units; empty until `bind` finds them.
     """
 
@@ -130,15 +130,21 @@ class SpikeSlab:
         """The shared weights times the gates at test time; those of removed units are zero."""
         return structure.close_gates(self.groups, tree.map(gates.at_test_time, eta.keep), eta.mean)
 
-    def project(self, eta: Eta) -> Eta:
-        """Remove units below the threshold for good, with what reads them; clamp theta of the rest."""
+    def project(self, eta: Eta, before: Eta | None = None) -> Eta:
+        """Remove units below the threshold for good, with what reads them; clamp theta of the rest.
 
-        def prune(theta: Tensor) -> Tensor:
+        Args:
+            eta: after the server's step.
+            before: the eta of the round before: what it had removed stays removed, whatever clients say.
+        """
+
+        def prune(theta: Tensor, last: Tensor) -> Tensor:
+            theta = torch.where(last > 0, theta, -torch.inf)
             alive = theta >= self.threshold
             alive = alive | (~alive.any() & (theta == theta.max()))
-            return torch.where(alive, theta.clamp(self.clamp, 1 - self.clamp), torch.zeros_like(theta))
+            return torch.where(alive, theta.clamp(self.threshold, 1 - self.clamp), torch.zeros_like(theta))
 
-        keep = tree.map(prune, eta.keep)
+        keep = tree.map(prune, eta.keep, eta.keep if before is None else before.keep)
         return self.Eta(structure.apply(structure.alive(self.groups, keep, eta.mean), eta.mean), keep)
 
     def parameters_left(self, eta: Eta) -> int:
