@@ -6,6 +6,7 @@ Optional methods of a prior, each with the meaning it has when absent:
     message(eta, q) -> Stats        what one client uploads                   (the `uplink` terms of stats(q))
     project(eta, before) -> eta     back to feasible values, after a step     (eta)
     parameters_left(eta) -> int     parameters that are still alive           (all of them)
+    deploy(eta, objective, x)       the model that is evaluated and exported  (objective, point(eta))
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from torch import Tensor, nn
 from fedprior import tree
 from fedprior.codecs import Dense
 from fedprior.core import Client, Codec, Eta, Inference, Params, Prior, ServerStep, Stats
+from fedprior.objective import Objective
 from fedprior.server import Exact
 
 Weighting = Literal["uniform", "examples"]
@@ -95,6 +97,11 @@ class Algorithm:
     def _project(self, eta: Eta, before: Eta) -> Eta:
         project = getattr(self.prior, "project", None)
         return project(eta, before) if project else eta
+
+    def deploy(self, eta: Eta, objective: Objective, x: Tensor) -> tuple[Objective, Params]:
+        """The model that is evaluated and exported, smaller where the prior has removed units."""
+        deploy = getattr(self.prior, "deploy", None)
+        return deploy(eta, objective, x) if deploy else (objective, self.prior.point(eta))
 
     def parameters_left(self, eta: Eta) -> int:
         """Parameters that are still alive, buffers included."""

@@ -119,7 +119,8 @@ class Prior(Protocol):
     """p(phi_s | eta): five short methods, in this order, and the names of what travels.
 
     Optional methods, looked up by the functions of `algorithm.py` and described there:
-    `bind(model, x)`, `message(eta, q)`, `project(eta, before)`, `parameters_left(eta)`.
+    `bind(model, x)`, `message(eta, q)`, `project(eta, before)`, `parameters_left(eta)`,
+    `deploy(eta, objective, x)`.
     """
 
     @property

@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fedprior.core import Params
+from fedprior.slim import Cut, slim
 
 PerExample = Callable[[Tensor, Tensor], Tensor]
 """(outputs (n, ...), targets (n, ...)) -> (n,)."""
@@ -90,6 +91,7 @@ class Objective:
         parameters = dict(self.model.named_parameters())
         self.buffers = frozenset(name for name in self.params() if name not in parameters)
         self._counters = {k: b.clone() for k, b in self.model.named_buffers() if not b.is_floating_point()}
+        self._smaller: tuple[Cut, Objective] | None = None
         self.train(self.model.training)
 
     def params(self) -> Params:
@@ -109,6 +111,19 @@ class Objective:
     def log_lik(self, phi: Params, x: Tensor, y: Tensor) -> Tensor:
         """Mean log-likelihood per example of a batch, in nats; an E-step's gradient comes from here."""
         return self.loss.log_lik(self.outputs(phi, x), y).mean()
+
+    def cut(self, cut: Cut, x: Tensor) -> Objective:
+        """The same objective over what is left of the model; the newest one is remembered.
+
+        Args:
+            cut: what is left.
+            x: example inputs, shape (n, ...), for tracing.
+        """
+        if not cut.removed:
+            return self
+        if self._smaller is None or self._smaller[0] != cut:
+            self._smaller = cut, Objective(slim(self.model, cut, x), self.loss)
+        return self._smaller[1]
 
     def module(self, phi: Params) -> nn.Module:
         """A copy of the model with the parameters `phi`, in evaluation mode."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from torch import nn
+from torch import Tensor, nn
 
 from fedprior import tree
 from fedprior.algorithm import Algorithm
@@ -23,21 +23,27 @@ class Result:
         objective: the model's architecture and its loss.
         eta: the prior's parameters after the last round.
         history: one record a round, with one record a client in each.
+        example: one input, shape (1, ...).
     """
 
     algorithm: Algorithm
     objective: Objective
     eta: Eta
     history: list[Round]
+    example: Tensor
 
     @property
     def params(self) -> Params:
-        """The model's parameters: prior.point(eta)."""
+        """The full model's parameters, prior.point(eta); those of removed units are zero."""
         return self.algorithm.prior.point(self.eta)
 
     def model(self) -> nn.Module:
-        """A copy of the model with these parameters, in evaluation mode."""
-        return self.objective.module(self.params)
+        """A copy of the model in evaluation mode; physically smaller if units were removed."""
+        objective, params = self._deployed()
+        return objective.module(params)
+
+    def _deployed(self) -> tuple[Objective, Params]:
+        return self.algorithm.deploy(self.eta, self.objective, self.example)
 
     @property
     def metrics(self) -> dict[str, float]:
@@ -82,7 +88,7 @@ class Result:
     def per_client(self, clients: Population, limit: int = 1000) -> list[dict[str, float | str]]:
         """The final model on each of the first `limit` clients: held-out examples, else training examples."""
         chosen = (clients[i] for i in range(min(limit, len(clients))))
-        return evaluate_clients(self.objective, self.params, chosen)
+        return evaluate_clients(*self._deployed(), chosen)
 
     def row(self) -> dict[str, str | float | int]:
         """The numbers of a comparison: one line of results.json."""

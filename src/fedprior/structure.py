@@ -161,29 +161,28 @@ _OUT = {"prune_out_channels": True, "prune_in_channels": False}
 def _group(items: list[Any], names: Mapping[nn.Module, str]) -> Group | None:
     """One of torch-pruning's groups as ours; None for output units and unknown layers."""
     members: list[Member] = []
+    read = False
     for item in items:
-        node, unit = item.dep.target, {int(i): int(u) for i, u in zip(item.idxs, item.root_idxs, strict=True)}
-        if node.module not in names or not any(True for _ in node.module.parameters()):
+        layer, unit = item.dep.target.module, dict(zip(item.idxs, item.root_idxs, strict=True))
+        if layer not in names or not any(True for _ in layer.parameters()):
             continue  # reshapes, pooling and elementwise operations hold no parameters
-        layer, out = node.module, _OUT.get(item.dep.handler.__name__)
+        out = _OUT.get(item.dep.handler.__name__)
         if isinstance(layer, nn.Linear | nn.Conv2d) and getattr(layer, "groups", 1) == 1 and out is not None:
-            dim = 0 if out else 1
-            members.append(Member(f"{names[layer]}.weight", dim, _units(unit, layer.weight.shape[dim]), out))
-            affine = ["bias"] if out else []
+            dim, held = (0, {"weight": True, "bias": True}) if out else (1, {"weight": False})
+            read = read or not out
         elif isinstance(layer, nn.BatchNorm1d | nn.BatchNorm2d):
-            affine = ["weight", "bias"]
+            # running moments are cut out with their unit, but no gate scales them
+            dim, held = 0, {"weight": True, "bias": True, "running_mean": False, "running_var": False}
         else:
             return None
-        members += [
-            Member(f"{names[layer]}.{a}", 0, _units(unit, len(getattr(layer, a))), True)
-            for a in affine
-            if getattr(layer, a, None) is not None
-        ]
-    if all(m.out for m in members):
+        for attribute, owns in held.items():
+            if (value := getattr(layer, attribute, None)) is not None:
+                members.append(Member(f"{names[layer]}.{attribute}", dim, _units(unit, value.shape[dim]), owns))
+    if not read:
         return None  # nothing reads these units: they are the model's outputs
     unique = tuple(dict.fromkeys(members))
     return Group(names[items[0].dep.target.module], 1 + max(max(m.unit) for m in unique), unique)
 
 
 def _units(unit: Mapping[int, int], size: int) -> tuple[int, ...]:
-    return tuple(unit.get(position, -1) for position in range(size))
+    return tuple(int(unit.get(position, -1)) for position in range(size))

@@ -6,6 +6,7 @@ r"""A point in the weights and a Bernoulli gate per unit, trained together throu
 by SGD on phi and Adam on log_alpha, with one draw of z a mini-batch; pi starts at theta. The entropy of q(z)
 is dropped (the hard-EM limit), so log_alpha is clamped. At the end every gate is drawn
 once, z ~ Bernoulli(pi): the client sends only the weights of open units, and the M-step stays unbiased.
+Removed units are cut out first (slim.py): the client trains a model of the size of what is left.
 
     paper   code          shape
     pi      keep          group -> (units,)
@@ -15,7 +16,8 @@ Louizos et al. 2021, arXiv:2111.10192, section 4; gates: Louizos, Welling, Kingm
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -26,6 +28,7 @@ from fedprior.core import Client, Eta, Params
 from fedprior.gates import BOUND, hard_concrete, keep_probability, log_alpha_for, uniform
 from fedprior.inference.ascent import ascend, check_steps, detached, leaves
 from fedprior.objective import Objective
+from fedprior.slim import Cut
 
 
 @dataclass(frozen=True)
@@ -61,18 +64,34 @@ class Gated:
     def e_step(
         self, objective: Objective, prior: Any, eta: Eta, client: Client, state: Params | None, rng: torch.Generator
     ) -> tuple[Any, Params | None]:
-        """A few epochs from the prior's weights and gates; no personal state."""
+        """A few epochs on what is left of the model; no personal state."""
+        cut = Cut.of(prior.groups, eta.keep)
+        small = objective.cut(cut, client.train.x)
+        small_prior = replace(prior, groups=cut.small_groups)
+        small_eta = eta._replace(mean=cut.gather(eta.mean), keep=cut.units(eta.keep))
+
+        def noise() -> Params:  # drawn for all units: the numbers do not depend on which are left
+            return cut.units(tree.map(lambda k: uniform(k, rng), eta.keep))
+
+        q = self._train(small, small_prior, small_eta, client, rng, noise)
+        phi = cut.scatter(q.phi, eta.mean)
+        return posteriors.Gated(phi, cut.all_units(q.keep), cut.all_units(q.gate)), state
+
+    def _train(
+        self,
+        objective: Objective,
+        prior: Any,
+        eta: Eta,
+        client: Client,
+        rng: torch.Generator,
+        noise: Callable[[], Params],
+    ) -> posteriors.Gated:
         phi, trained = leaves(objective, eta.mean)
-        alive = tree.map(lambda k: (k > 0).to(k), eta.keep)
         log_alpha = tree.map(lambda k: log_alpha_for(k).requires_grad_(), eta.keep)
         examples = len(client.train)
 
-        def keep() -> Params:
-            return tree.map(lambda a, on: keep_probability(a) * on, log_alpha, alive)
-
         def bound(x: Tensor, y: Tensor) -> Tensor:
-            z = {g: hard_concrete(a, uniform(a, rng)) * alive[g] for g, a in log_alpha.items()}
-            pi = keep()
+            z, pi = tree.map(hard_concrete, log_alpha, noise()), tree.map(keep_probability, log_alpha)
             prior_term = prior.log_prob(eta, prior.stats(posteriors.Gated(phi, pi, pi)))
             return objective.log_lik(structure.close_gates(prior.groups, z, phi), x, y) + prior_term / examples
 
@@ -86,6 +105,6 @@ class Gated:
         ]
         objective.train()
         ascend(bound, client.train, optimizers, self.epochs, self.batch_size, rng, clamp)
-        pi = detached(keep())
-        gate = tree.map(lambda k: (uniform(k, rng) < k).to(k), pi) if self.draw else pi
-        return posteriors.Gated(detached(phi), pi, gate), state
+        pi = detached(tree.map(keep_probability, log_alpha))
+        gate = tree.map(lambda u, k: (u < k).to(k), noise(), pi) if self.draw else pi
+        return posteriors.Gated(detached(phi), pi, gate)

@@ -29,6 +29,8 @@ from torch import Tensor, nn
 
 from fedprior import gates, structure, tree
 from fedprior.core import Params, Stats
+from fedprior.objective import Objective
+from fedprior.slim import Cut
 from fedprior.structure import Group
 
 _TINY = 1e-12
@@ -146,6 +148,11 @@ class SpikeSlab:
 
         keep = tree.map(prune, eta.keep, eta.keep if before is None else before.keep)
         return self.Eta(structure.apply(structure.alive(self.groups, keep, eta.mean), eta.mean), keep)
+
+    def deploy(self, eta: Eta, objective: Objective, x: Tensor) -> tuple[Objective, Params]:
+        """The slim model and its parameters: what `point` computes, without the removed units."""
+        cut = Cut.of(self.groups, eta.keep)
+        return objective.cut(cut, x), cut.gather(self.point(eta))
 
     def parameters_left(self, eta: Eta) -> int:
         """Parameters that neither belong to a removed unit nor read one."""

@@ -1,0 +1,129 @@
+"""What is left of a model computes, and learns, what the whole model does with its removed units closed."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import fedprior as fp
+from cases import conv_net, redraw
+from fedprior import inference, priors, structure, tree
+from fedprior.objective import Objective
+from fedprior.rng import generator
+from fedprior.slim import Cut, slim
+from test_structure import Branches, OneLayerBlock, Residual, norm_net
+
+MODELS = {
+    "conv": (conv_net, (1, 8, 8)),
+    "lenet": (lambda: fp.models.lenet((6, 8), 20), (1, 28, 28)),
+    "mlp": (lambda: fp.models.mlp(12, (7, 6), 3), (12,)),
+    "batch norm": (norm_net, (1, 8, 8)),
+    "residual": (Residual, (1, 8, 8)),
+    "one-layer block": (OneLayerBlock, (4,)),
+    "concatenated": (Branches, (1, 8, 8)),
+}
+
+
+def setting(name: str) -> tuple[nn.Module, Tensor, Cut, dict[str, Tensor]]:
+    """A model in double precision, inputs, a cut at random (never a whole group), and its parameters."""
+    make, shape = MODELS[name]
+    model, rng = redraw(make().double()), generator(1, name)
+    x = torch.randn(5, *shape, generator=rng, dtype=torch.float64)
+    groups = structure.groups(model, x)
+    gate = {g.name: (torch.rand(g.units, generator=rng) < 0.6).double() for g in groups}
+    for z in gate.values():
+        z[0], z[-1] = 1.0, 0.0
+    params = Objective(model).params()
+    params |= {k: v.abs() + 0.5 for k, v in params.items() if k.endswith("running_var")}
+    return model, x, Cut.of(groups, gate), {**params}
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_outputs_are_those_of_the_masked_model(name: str) -> None:
+    model, x, cut, params = setting(name)
+    gate = cut.all_units({g: torch.ones(len(k), dtype=torch.float64) for g, k in cut.kept.items()})
+    whole, small = Objective(model), Objective(slim(model, cut, x))
+    whole.train(False)
+    small.train(False)
+    want = whole.outputs(structure.close_gates(cut.groups, gate, params), x)
+    got = small.outputs(cut.gather(params), x)
+    assert torch.allclose(got, want, atol=1e-10, rtol=0)
+    assert cut.removed > 0 and tree.size(small.params()) < tree.size(params)
+    alive = structure.alive(cut.groups, gate, params)
+    assert structure.count_alive(alive, params) == tree.size(small.params())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_the_model_of_a_slim_module_is_smaller_and_keeps_its_weights(dtype: torch.dtype) -> None:
+    model, x, cut, _ = setting("lenet")
+    small = slim(model.to(dtype), cut, x.to(dtype))
+    assert all(torch.equal(v, cut.gather(Objective(model).params())[k]) for k, v in Objective(small).params().items())
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_scatter_and_gather(name: str) -> None:
+    _, _, cut, params = setting(name)
+    small = cut.gather(params)
+    back = cut.scatter(small, params)
+    assert all(torch.equal(cut.gather(back)[k], v) for k, v in small.items())
+    gate = cut.all_units({g: torch.ones(len(k), dtype=torch.float64) for g, k in cut.kept.items()})
+    masked = structure.apply(structure.alive(cut.groups, gate, params), params)
+    assert all(torch.equal(back[k], v) for k, v in masked.items())
+    assert all(torch.equal(cut.units(gate)[g], torch.ones(len(k)).double()) for g, k in cut.kept.items())
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_groups_of_the_slim_model(name: str) -> None:
+    """Numbered anew by the cut, and found anew in the slim model: the same members and units."""
+    model, x, cut, params = setting(name)
+    found = {g.name: g for g in structure.groups(slim(model, cut, x), x)}
+    gate = {g.name: torch.rand(g.units, generator=generator(0, g.name)).double() for g in cut.small_groups}
+    small = cut.gather(params)
+    want = structure.close_gates(tuple(found.values()), gate, small)
+    got = structure.close_gates(cut.small_groups, gate, small)
+    assert all(torch.equal(got[k], v) for k, v in want.items())
+
+
+@pytest.mark.parametrize("name", ["conv", "mlp", "batch norm"])
+def test_gradients_are_those_of_the_masked_model(name: str) -> None:
+    model, x, cut, params = setting(name)
+    y = torch.arange(len(x)) % 3
+    gate = cut.all_units({g: torch.ones(len(k), dtype=torch.float64) for g, k in cut.kept.items()})
+    masked = structure.apply(structure.alive(cut.groups, gate, params), params)
+    gradients = []
+    for objective, start in ((Objective(model), masked), (Objective(slim(model, cut, x)), cut.gather(params))):
+        phi = {k: v.clone().requires_grad_(k in objective.trainable) for k, v in start.items()}
+        objective.train(False)
+        value = objective.log_lik(phi, x, y)
+        leaves = [phi[k] for k in objective.trainable]
+        gradients.append(dict(zip(objective.trainable, torch.autograd.grad(value, leaves), strict=True)))
+    whole = {k: gradients[0].get(k, torch.zeros_like(v)) for k, v in params.items()}
+    want = cut.gather(whole)
+    assert all(torch.allclose(g, want[k], atol=1e-10, rtol=0) for k, g in gradients[1].items())
+
+
+@pytest.mark.parametrize("name", ["conv", "batch norm"])
+def test_an_e_step_trains_only_what_is_left(name: str) -> None:
+    model, x, cut, params = setting(name)
+    prior = priors.SpikeSlab(0.01, groups=cut.groups)
+    eta = prior.init(params)
+    eta = prior.project(eta._replace(keep=cut.all_units(cut.units(eta.keep))))
+    client = fp.Client(0, "c", fp.Examples(x, torch.arange(len(x)) % 3))
+    q, _ = inference.Gated(0.1).e_step(Objective(model), prior, eta, client, None, generator(0, "e"))
+    assert all(torch.equal(q.keep[g] > 0, k > 0) and (q.gate[g][k == 0] == 0).all() for g, k in eta.keep.items())
+    gate = tree.map(lambda k: (k > 0).to(k), eta.keep)
+    inside = structure.apply(structure.alive(cut.groups, gate, params), q.phi)
+    assert all(torch.equal(inside[k], v) for k, v in q.phi.items())
+    assert any(not torch.equal(q.phi[k], eta.mean[k]) for k in params)
+
+
+def test_a_run_gives_back_a_smaller_module() -> None:
+    rng = generator(0, "data")
+    x, y = torch.randn(120, 6, generator=rng), torch.arange(120) % 3
+    x[:, :3] += 3 * torch.nn.functional.one_hot(y, 3)
+    clients = [fp.Client(i, str(i), fp.Examples(x[i::4], y[i::4])) for i in range(4)]
+    result = fp.run(fp.fedsparse(lr=0.1, lambda_0=0.5, epochs=10), fp.models.mlp(6, (30, 20), 3), clients, rounds=10)
+    small, whole = result.model(), result.objective.module(result.params)
+    assert sum(p.numel() for p in small.parameters()) == result.parameters_left < result.parameters
+    assert torch.allclose(small(x), whole(x), atol=1e-5)
