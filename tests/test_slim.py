@@ -14,6 +14,13 @@ from fedprior.rng import generator
 from fedprior.slim import Cut, slim
 from test_structure import Branches, OneLayerBlock, Residual, norm_net
 
+
+def depthwise_net() -> nn.Module:
+    """Pointwise, depthwise, pointwise; group norm over pairs of filters."""
+    layers = [nn.Conv2d(1, 6, 3), nn.GroupNorm(3, 6), nn.ReLU(), nn.Conv2d(6, 6, 3, groups=6), nn.ReLU()]
+    return nn.Sequential(*layers, nn.Conv2d(6, 4, 1), nn.ReLU(), nn.Flatten(), nn.Linear(4 * 16, 3))
+
+
 MODELS = {
     "conv": (conv_net, (1, 8, 8)),
     "lenet": (lambda: fp.models.lenet((6, 8), 20), (1, 28, 28)),
@@ -22,6 +29,10 @@ MODELS = {
     "residual": (Residual, (1, 8, 8)),
     "one-layer block": (OneLayerBlock, (4,)),
     "concatenated": (Branches, (1, 8, 8)),
+    "depthwise": (depthwise_net, (1, 8, 8)),
+    "resnet, batch norm": (lambda: fp.models.resnet(20, "batch", width=4), (1, 16, 16)),
+    "resnet, group norm": (lambda: fp.models.resnet(20, "group", width=8), (1, 16, 16)),
+    "vit": (lambda: fp.models.vit(image=16, patch=4, width=12, heads=3, depth=2, hidden=20), (1, 16, 16)),
 }
 
 
@@ -43,10 +54,10 @@ def setting(name: str) -> tuple[nn.Module, Tensor, Cut, dict[str, Tensor]]:
 def test_outputs_are_those_of_the_masked_model(name: str) -> None:
     model, x, cut, params = setting(name)
     gate = cut.all_units({g: torch.ones(len(k), dtype=torch.float64) for g, k in cut.kept.items()})
-    whole, small = Objective(model), Objective(slim(model, cut, x))
+    whole, small = Objective(model), Objective(slim(model, cut))
     whole.train(False)
     small.train(False)
-    want = whole.outputs(structure.close_gates(cut.groups, gate, params), x)
+    want = whole.outputs(structure.apply(structure.alive(cut.groups, gate, params), params), x)
     got = small.outputs(cut.gather(params), x)
     assert torch.allclose(got, want, atol=1e-10, rtol=0)
     assert cut.removed > 0 and tree.size(small.params()) < tree.size(params)
@@ -56,8 +67,8 @@ def test_outputs_are_those_of_the_masked_model(name: str) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_the_model_of_a_slim_module_is_smaller_and_keeps_its_weights(dtype: torch.dtype) -> None:
-    model, x, cut, _ = setting("lenet")
-    small = slim(model.to(dtype), cut, x.to(dtype))
+    model, _, cut, _ = setting("lenet")
+    small = slim(model.to(dtype), cut)
     assert all(torch.equal(v, cut.gather(Objective(model).params())[k]) for k, v in Objective(small).params().items())
 
 
@@ -77,8 +88,9 @@ def test_scatter_and_gather(name: str) -> None:
 def test_groups_of_the_slim_model(name: str) -> None:
     """Numbered anew by the cut, and found anew in the slim model: the same members and units."""
     model, x, cut, params = setting(name)
-    found = {g.name: g for g in structure.groups(slim(model, cut, x), x)}
+    found = {g.name: g for g in structure.groups(slim(model, cut), x)}
     gate = {g.name: torch.rand(g.units, generator=generator(0, g.name)).double() for g in cut.small_groups}
+    gate |= {g.name: torch.ones(1).double() for g in cut.small_groups if g.units == 1}  # nothing to find there
     small = cut.gather(params)
     want = structure.close_gates(tuple(found.values()), gate, small)
     got = structure.close_gates(cut.small_groups, gate, small)
@@ -92,7 +104,7 @@ def test_gradients_are_those_of_the_masked_model(name: str) -> None:
     gate = cut.all_units({g: torch.ones(len(k), dtype=torch.float64) for g, k in cut.kept.items()})
     masked = structure.apply(structure.alive(cut.groups, gate, params), params)
     gradients = []
-    for objective, start in ((Objective(model), masked), (Objective(slim(model, cut, x)), cut.gather(params))):
+    for objective, start in ((Objective(model), masked), (Objective(slim(model, cut)), cut.gather(params))):
         phi = {k: v.clone().requires_grad_(k in objective.trainable) for k, v in start.items()}
         objective.train(False)
         value = objective.log_lik(phi, x, y)
@@ -127,3 +139,25 @@ def test_a_run_gives_back_a_smaller_module() -> None:
     small, whole = result.model(), result.objective.module(result.params)
     assert sum(p.numel() for p in small.parameters()) == result.parameters_left < result.parameters
     assert torch.allclose(small(x), whole(x), atol=1e-5)
+
+
+def test_what_stays_dense() -> None:
+    """Embeddings, recurrent layers, the residual stream under a LayerNorm, and the output layer."""
+    vit, x = fp.models.vit(image=16, patch=4, width=12, heads=3, depth=1, hidden=20), torch.zeros(1, 1, 16, 16)
+    groups = structure.groups(vit, x)
+    assert {g.name.rpartition(".")[2]: g.units for g in groups} == {"value": 3, "first": 20}
+    dense = structure.dense_layers(vit, groups)
+    assert {"patches", "head"} < set(dense) and not any("attention.query" in n or "first" in n for n in dense)
+    gru = fp.models.char_gru(10)
+    with pytest.raises(ValueError, match="no unit of CharGRU can be gated"):
+        structure.groups(gru, torch.zeros(1, 5, dtype=torch.int64))
+    mixed = fp.models.CharGRU(10, 4, 6)
+    mixed.head = nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 10))  # type: ignore[assignment]
+    groups = structure.groups(mixed, torch.zeros(1, 5, dtype=torch.int64))
+    assert [g.units for g in groups] == [8]
+    assert structure.dense_layers(mixed, groups) == ["embedding", "gru", "head.2"]
+
+
+def test_units_of_a_group_norm_are_whole_norm_groups() -> None:
+    net = depthwise_net()
+    assert [g.units for g in structure.groups(net, torch.zeros(1, 1, 8, 8))] == [3, 4]

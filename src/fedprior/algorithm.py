@@ -6,7 +6,7 @@ Optional methods of a prior, each with the meaning it has when absent:
     message(eta, q) -> Stats        what one client uploads                   (the `uplink` terms of stats(q))
     project(eta, before) -> eta     back to feasible values, after a step     (eta)
     parameters_left(eta) -> int     parameters that are still alive           (all of them)
-    deploy(eta, objective, x)       the model that is evaluated and exported  (objective, point(eta))
+    deploy(eta, objective)          the model that is evaluated and exported  (objective, point(eta))
 """
 
 from __future__ import annotations
@@ -98,10 +98,10 @@ class Algorithm:
         project = getattr(self.prior, "project", None)
         return project(eta, before) if project else eta
 
-    def deploy(self, eta: Eta, objective: Objective, x: Tensor) -> tuple[Objective, Params]:
+    def deploy(self, eta: Eta, objective: Objective) -> tuple[Objective, Params]:
         """The model that is evaluated and exported, smaller where the prior has removed units."""
         deploy = getattr(self.prior, "deploy", None)
-        return deploy(eta, objective, x) if deploy else (objective, self.prior.point(eta))
+        return deploy(eta, objective) if deploy else (objective, self.prior.point(eta))
 
     def parameters_left(self, eta: Eta) -> int:
         """Parameters that are still alive, buffers included."""

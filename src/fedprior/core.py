@@ -120,7 +120,7 @@ class Prior(Protocol):
 
     Optional methods, looked up by the functions of `algorithm.py` and described there:
     `bind(model, x)`, `message(eta, q)`, `project(eta, before)`, `parameters_left(eta)`,
-    `deploy(eta, objective, x)`.
+    `deploy(eta, objective)`.
     """
 
     @property

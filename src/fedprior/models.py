@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from itertools import pairwise
 
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fedprior.rng import generator
@@ -90,3 +92,113 @@ class CharGRU(nn.Module):
 def char_gru(vocabulary: int, embedding: int = 8, hidden: int = 128, seed: int = 0) -> nn.Module:
     """A CharGRU initialised from `seed`."""
     return _seeded(CharGRU(vocabulary, embedding, hidden), seed)
+
+
+class ResidualBlock(nn.Module):
+    """Two 3x3 convolutions and a shortcut, a 1x1 convolution where the shape changes."""
+
+    def __init__(self, inputs: int, outputs: int, stride: int, norm: Callable[[int], nn.Module]) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(inputs, outputs, 3, stride, 1, bias=False)
+        self.norm1, self.norm2 = norm(outputs), norm(outputs)
+        self.conv2 = nn.Conv2d(outputs, outputs, 3, 1, 1, bias=False)
+        same = stride == 1 and inputs == outputs
+        self.shortcut = nn.Identity() if same else nn.Conv2d(inputs, outputs, 1, stride, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(n, inputs, h, w) -> (n, outputs, h / stride, w / stride)."""
+        h = self.norm2(self.conv2(self.norm1(self.conv1(x)).relu()))
+        return (h + self.shortcut(x)).relu()
+
+
+_NORMS: Mapping[str, Callable[[int], nn.Module]] = {
+    "batch": nn.BatchNorm2d,
+    "group": lambda channels: nn.GroupNorm(channels // 2, channels),
+}
+
+
+def resnet(
+    depth: int = 20, norm: str = "group", width: int = 16, channels: int = 1, classes: int = 10, seed: int = 0
+) -> nn.Module:
+    """ResNet of He et al. 2016, arXiv:1512.03385, section 4.2; (n, channels, h, w) -> (n, classes).
+
+    Args:
+        depth: 6 k + 2 layers: 8, 14, 20, ...
+        norm: "batch", or "group" with groups of two channels.
+        width: filters of the first stage; the next two have twice and four times as many.
+        channels: of the images.
+        classes: of the outputs.
+        seed: of the initial weights.
+    """
+    if depth < 8 or depth % 6 != 2 or norm not in _NORMS:
+        raise ValueError(f"resnet needs depth 8, 14, 20, ... and norm 'batch' or 'group', got {depth} and {norm!r}")
+    layers: list[nn.Module] = [nn.Conv2d(channels, width, 3, 1, 1, bias=False), _NORMS[norm](width), nn.ReLU()]
+    inputs = width
+    for outputs in (width, 2 * width, 4 * width):
+        for _ in range(depth // 6):
+            stride = 2 if outputs > inputs else 1
+            layers.append(ResidualBlock(inputs, outputs, stride, _NORMS[norm]))
+            inputs = outputs
+    return _seeded(nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(inputs, classes)), seed)
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention; the number of heads follows from the layers, so that heads can be removed."""
+
+    def __init__(self, width: int, heads: int) -> None:
+        super().__init__()
+        self.head_dim = width // heads
+        self.query, self.key, self.value = (nn.Linear(width, width) for _ in range(3))
+        self.out = nn.Linear(width, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(n, positions, width) -> the same shape."""
+        q, k, v = (f(x).unflatten(-1, (-1, self.head_dim)).transpose(1, 2) for f in (self.query, self.key, self.value))
+        return self.out(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+
+
+class TransformerBlock(nn.Module):
+    """Attention and a two-layer perceptron, each after a LayerNorm and added to the stream."""
+
+    def __init__(self, width: int, heads: int, hidden: int) -> None:
+        super().__init__()
+        self.norm1, self.norm2 = nn.LayerNorm(width), nn.LayerNorm(width)
+        self.attention = Attention(width, heads)
+        self.first, self.second = nn.Linear(width, hidden), nn.Linear(hidden, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(n, positions, width) -> the same shape."""
+        x = x + self.attention(self.norm1(x))
+        return x + self.second(F.gelu(self.first(self.norm2(x))))
+
+
+class ViT(nn.Module):
+    """A small vision transformer with learned positions and mean pooling (Dosovitskiy et al., arXiv:2010.11929)."""
+
+    def __init__(self, image: int, patch: int, width: int, heads: int, depth: int, hidden: int, classes: int) -> None:
+        super().__init__()
+        self.patches = nn.Conv2d(1, width, patch, patch)
+        self.positions = nn.Embedding((image // patch) ** 2, width)
+        self.blocks = nn.Sequential(*(TransformerBlock(width, heads, hidden) for _ in range(depth)))
+        self.norm, self.head = nn.LayerNorm(width), nn.Linear(width, classes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(n, 1, image, image) -> (n, classes)."""
+        x = self.patches(x).flatten(2).transpose(1, 2) + self.positions.weight
+        return self.head(self.norm(self.blocks(x)).mean(1))
+
+
+def vit(
+    image: int = 28,
+    patch: int = 4,
+    width: int = 48,
+    heads: int = 4,
+    depth: int = 4,
+    hidden: int = 96,
+    classes: int = 10,
+    seed: int = 0,
+) -> nn.Module:
+    """A ViT initialised from `seed`; heads and hidden neurons can be removed, the width cannot."""
+    if width % heads or image % patch:
+        raise ValueError(f"heads must divide width and patch must divide image, got {heads}, {width}, {patch}, {image}")
+    return _seeded(ViT(image, patch, width, heads, depth, hidden, classes), seed)

@@ -112,17 +112,12 @@ class Objective:
         """Mean log-likelihood per example of a batch, in nats; an E-step's gradient comes from here."""
         return self.loss.log_lik(self.outputs(phi, x), y).mean()
 
-    def cut(self, cut: Cut, x: Tensor) -> Objective:
-        """The same objective over what is left of the model; the newest one is remembered.
-
-        Args:
-            cut: what is left.
-            x: example inputs, shape (n, ...), for tracing.
-        """
+    def cut(self, cut: Cut) -> Objective:
+        """The same objective over what is left of the model; the newest one is remembered."""
         if not cut.removed:
             return self
         if self._smaller is None or self._smaller[0] != cut:
-            self._smaller = cut, Objective(slim(self.model, cut, x), self.loss)
+            self._smaller = cut, Objective(slim(self.model, cut), self.loss)
         return self._smaller[1]
 
     def module(self, phi: Params) -> nn.Module:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from torch import Tensor, nn
+from torch import nn
 
 from fedprior import tree
 from fedprior.algorithm import Algorithm
@@ -23,14 +23,12 @@ class Result:
         objective: the model's architecture and its loss.
         eta: the prior's parameters after the last round.
         history: one record a round, with one record a client in each.
-        example: one input, shape (1, ...).
     """
 
     algorithm: Algorithm
     objective: Objective
     eta: Eta
     history: list[Round]
-    example: Tensor
 
     @property
     def params(self) -> Params:
@@ -43,7 +41,7 @@ class Result:
         return objective.module(params)
 
     def _deployed(self) -> tuple[Objective, Params]:
-        return self.algorithm.deploy(self.eta, self.objective, self.example)
+        return self.algorithm.deploy(self.eta, self.objective)
 
     @property
     def metrics(self) -> dict[str, float]:

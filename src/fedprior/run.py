@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from fedprior import checkpoint, tree
 from fedprior.algorithm import Algorithm
@@ -97,7 +97,7 @@ def run(
             bar.update(record)
             if on_round is not None:
                 on_round(record)
-    return Result(loop.algorithm, loop.objective, state.eta, history, loop.example)
+    return Result(loop.algorithm, loop.objective, state.eta, history)
 
 
 RECORDS = "records.jsonl"
@@ -124,7 +124,6 @@ class _Loop:
     cohort: int
     device: str
     up_schema: Schema
-    example: Tensor
     setting: dict[str, Any]
 
     @classmethod
@@ -148,8 +147,7 @@ class _Loop:
         setting |= {"first client": _identity(clients[0]), "last client": _identity(clients[len(clients) - 1])}
         example = clients[0].train
         _check_model(objective, example.to(device))
-        x = example.x[:1].to(device)
-        algorithm = algorithm.bind(objective.model, x)
+        algorithm = algorithm.bind(objective.model, example.x[:1].to(device))
         eta, _ = algorithm.start(objective.params())
         first = algorithm.message(eta, algorithm.inference.start(algorithm.prior, eta))
         up_schema = schema_of(flat(first))
@@ -163,7 +161,6 @@ class _Loop:
             cohort,
             device,
             up_schema,
-            x,
             setting,
         )
 
@@ -196,7 +193,7 @@ class _Loop:
         started = time.perf_counter()
         metrics: dict[str, float] = {}
         if test is not None:
-            metrics = evaluate(*self.algorithm.deploy(eta, self.objective, self.example), test).means()
+            metrics = evaluate(*self.algorithm.deploy(eta, self.objective), test).means()
         record = Round(
             number=number,
             bytes_down=sum(c.bytes_down for c in work.records),

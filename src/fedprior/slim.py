@@ -3,17 +3,15 @@
     gather    parameters of the full model -> those of the slim one        scatter    back, zeros where cut
     gather(scatter(p)) = p;  slim(model, ...) computes what the full model computes with its removed units closed
 
-A unit is removed when its gate is 0 (structure.py). torch-pruning cuts the layers.                 [extra: sparse]
+A unit is removed when its gate is 0 (structure.py).
 """
 
 from __future__ import annotations
 
 import copy
-import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -95,24 +93,42 @@ class Cut:
         return full
 
 
-def slim(model: nn.Module, cut: Cut, x: Tensor) -> nn.Module:
+def slim(model: nn.Module, cut: Cut) -> nn.Module:
     """A smaller copy of the model, with the weights that are left.
 
-    Args:
-        model: the full model; it is not changed.
-        cut: what is left.
-        x: example inputs, shape (n, ...); one is used for tracing.
+    Sizes that layers keep as attributes follow (out_features, num_groups, num_heads, ...); a `forward` that
+    hard-codes a width, as in x.view(-1, 800), has to ask the layer instead.
     """
-    import torch_pruning
-
     small = copy.deepcopy(model)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of parameters outside its layers, which stay whole
-        graph: Any = torch_pruning.DependencyGraph().build_dependency(small, example_inputs=x[:1])
-    for group in cut.groups:
-        layer = small.get_submodule(group.name)
-        gone = sorted(set(range(group.units)) - set(cut.kept[group.name]))
-        if gone:
-            prune = graph.get_pruner_of_module(layer).prune_out_channels
-            graph.get_pruning_group(layer, prune, gone).prune()
-    return small.train(model.training)
+    for name, value in cut.gather({k: v.detach() for k, v in _tensors(small).items()}).items():
+        owner, _, attribute = name.rpartition(".")
+        layer = small.get_submodule(owner)
+        if attribute in layer._parameters:
+            before = layer._parameters[attribute]
+            value = nn.Parameter(value, requires_grad=before is not None and before.requires_grad)
+        setattr(layer, attribute, value)
+    for layer in small.modules():
+        _resize(layer)
+    return small
+
+
+def _tensors(model: nn.Module) -> Params:
+    return dict([*model.named_parameters(), *model.named_buffers()])
+
+
+def _resize(layer: nn.Module) -> None:
+    """Attributes that repeat the shape of a layer's weights."""
+    if isinstance(layer, nn.Linear):
+        layer.out_features, layer.in_features = layer.weight.shape
+    elif isinstance(layer, nn.Conv2d):
+        if layer.groups > 1:
+            layer.groups = layer.weight.shape[0]  # depthwise, the only grouped convolution that is cut
+        layer.out_channels, layer.in_channels = layer.weight.shape[0], layer.weight.shape[1] * layer.groups
+    elif isinstance(layer, nn.BatchNorm1d | nn.BatchNorm2d) and layer.weight is not None:
+        layer.num_features = len(layer.weight)
+    elif isinstance(layer, nn.GroupNorm) and layer.weight is not None:
+        layer.num_groups = layer.num_groups * len(layer.weight) // layer.num_channels
+        layer.num_channels = len(layer.weight)
+    elif isinstance(size := getattr(layer, "head_dim", None), int) and hasattr(layer, "num_heads"):
+        rows = min(child.out_features for child in layer.children() if isinstance(child, nn.Linear))
+        vars(layer)["num_heads"] = rows // size

@@ -1,6 +1,7 @@
 """Groups of coupled units: which slices of which parameters live and die together.
 
-A unit is a filter of a convolution or a neuron of a dense layer. Its group holds, over all units that are
+A unit is a filter of a convolution, a neuron of a dense layer, the filters that a GroupNorm averages over, or a
+head of attention (linear layers of a module with an integer `head_dim`). Its group holds, over all units that are
 coupled with it, the slices that make its output (it owns them: rows of weights, biases, affine parameters of
 norms) and the slices that read it (columns of the next layers' weights). Every entry has at most one owner.
 
@@ -125,10 +126,14 @@ def sizes(groups: Sequence[Group], gate: Mapping[str, Tensor], params: Params) -
 
 
 def groups(model: nn.Module, x: Tensor) -> tuple[Group, ...]:
-    """The groups of a model of Linear and Conv2d layers; the units of the last layer are left whole.
+    """The groups of a model; `dense_layers` tells which layers have none.
+
+    Gates are put on Linear and Conv2d layers (depthwise ones too) with BatchNorm, GroupNorm or LayerNorm between
+    them. Left whole: the last layer, embeddings, recurrent layers, grouped convolutions, and whatever a LayerNorm
+    averages over, such as the residual stream of a transformer.
 
     Args:
-        model: any module torch-pruning can trace; layers of other types stay dense.
+        model: any module torch-pruning can trace.
         x: example inputs, shape (n, ...); one is used.
 
     Raises:
@@ -155,34 +160,89 @@ def groups(model: nn.Module, x: Tensor) -> tuple[Group, ...]:
     return kept
 
 
+def dense_layers(model: nn.Module, groups: Sequence[Group]) -> list[str]:
+    """Names of the layers with parameters of which no unit can be removed."""
+    owned = {m.name.rpartition(".")[0] for g in groups for m in g.members if m.out}
+    return [
+        n for n, layer in model.named_modules() if any(True for _ in layer.parameters(recurse=False)) and n not in owned
+    ]
+
+
 _OUT = {"prune_out_channels": True, "prune_in_channels": False}
 
 
 def _group(items: list[Any], names: Mapping[nn.Module, str]) -> Group | None:
-    """One of torch-pruning's groups as ours; None for output units and unknown layers."""
-    members: list[Member] = []
-    read = False
+    """One of torch-pruning's groups as ours; None for output units, coupled to one, and unknown layers."""
+    parts: list[tuple[nn.Module, dict[int, int], str, int, bool]] = []
     for item in items:
         layer, unit = item.dep.target.module, dict(zip(item.idxs, item.root_idxs, strict=True))
+        if isinstance(layer, nn.Parameter):
+            return None
         if layer not in names or not any(True for _ in layer.parameters()):
             continue  # reshapes, pooling and elementwise operations hold no parameters
-        out = _OUT.get(item.dep.handler.__name__)
-        if isinstance(layer, nn.Linear | nn.Conv2d) and getattr(layer, "groups", 1) == 1 and out is not None:
-            dim, held = (0, {"weight": True, "bias": True}) if out else (1, {"weight": False})
-            read = read or not out
-        elif isinstance(layer, nn.BatchNorm1d | nn.BatchNorm2d):
-            # running moments are cut out with their unit, but no gate scales them
-            dim, held = 0, {"weight": True, "bias": True, "running_mean": False, "running_var": False}
-        else:
+        held = _held(layer, _OUT.get(item.dep.handler.__name__))
+        if held is None:
             return None
-        for attribute, owns in held.items():
-            if (value := getattr(layer, attribute, None)) is not None:
-                members.append(Member(f"{names[layer]}.{attribute}", dim, _units(unit, value.shape[dim]), owns))
-    if not read:
+        parts += [(layer, unit, attribute, dim, owns) for attribute, (dim, owns) in held.items()]
+    if not any(attribute == "weight" and not owns for _, _, attribute, _, owns in parts):
         return None  # nothing reads these units: they are the model's outputs
-    unique = tuple(dict.fromkeys(members))
-    return Group(names[items[0].dep.target.module], 1 + max(max(m.unit) for m in unique), unique)
+    merged = _merged(parts, names)
+    members = []
+    for layer, unit, attribute, dim, owns in parts:
+        if (value := getattr(layer, attribute, None)) is not None:
+            position = tuple(merged[unit[p]] if p in unit else -1 for p in range(value.shape[dim]))
+            members.append(Member(f"{names[layer]}.{attribute}", dim, position, owns))
+    units = 1 + max(merged.values())
+    return Group(names[items[0].dep.target.module], units, tuple(dict.fromkeys(members))) if units > 1 else None
 
 
-def _units(unit: Mapping[int, int], size: int) -> tuple[int, ...]:
-    return tuple(int(unit.get(position, -1)) for position in range(size))
+def _held(layer: nn.Module, out: bool | None) -> dict[str, tuple[int, bool]] | None:
+    """What a layer puts into a group: attribute -> (dimension over units, owned); None if it is not known."""
+    if isinstance(layer, nn.Linear | nn.Conv2d):
+        groups = getattr(layer, "groups", 1)
+        if groups == 1 and out is False:
+            return {"weight": (1, False)}
+        depthwise = groups == getattr(layer, "in_channels", 1) == getattr(layer, "out_channels", 1)
+        if out is not None and (groups == 1 or depthwise):
+            return {"weight": (0, True), "bias": (0, True)}
+    if isinstance(layer, nn.BatchNorm1d | nn.BatchNorm2d):
+        # running moments are cut out with their unit, but no gate scales them
+        return {"weight": (0, True), "bias": (0, True), "running_mean": (0, False), "running_var": (0, False)}
+    if isinstance(layer, nn.GroupNorm | nn.LayerNorm):
+        return {"weight": (0, True), "bias": (0, True)}
+    return None
+
+
+def _merged(
+    parts: list[tuple[nn.Module, dict[int, int], str, int, bool]], names: Mapping[nn.Module, str]
+) -> dict[int, int]:
+    """Channel -> unit: channels that a norm averages over, or that one attention head holds, are one unit."""
+    root: dict[int, int] = {}
+
+    def find(channel: int) -> int:
+        while root.setdefault(channel, channel) != channel:
+            channel = root[channel]
+        return channel
+
+    modules = {name: module for module, name in names.items()}
+    for layer, unit, attribute, dim, _ in parts:
+        if attribute != "weight":
+            continue
+        block = _block(layer, modules[names[layer].rpartition(".")[0]], dim)
+        first: dict[int, int] = {}
+        for position, channel in unit.items():
+            a, b = find(channel), find(first.setdefault(position // block, channel))
+            root[max(a, b)] = min(a, b)
+    number = {r: i for i, r in enumerate(sorted({find(c) for c in root}))}
+    return {channel: number[find(channel)] for channel in root}
+
+
+def _block(layer: nn.Module, parent: nn.Module, dim: int) -> int:
+    """How many neighbouring channels of a layer stand and fall together."""
+    if isinstance(layer, nn.LayerNorm):
+        return layer.normalized_shape[-1]
+    if isinstance(layer, nn.GroupNorm):
+        return layer.num_channels // layer.num_groups
+    if isinstance(layer, nn.Linear) and dim == 0 and isinstance(size := getattr(parent, "head_dim", None), int):
+        return size
+    return 1

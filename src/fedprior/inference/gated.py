@@ -66,7 +66,7 @@ class Gated:
     ) -> tuple[Any, Params | None]:
         """A few epochs on what is left of the model; no personal state."""
         cut = Cut.of(prior.groups, eta.keep)
-        small = objective.cut(cut, client.train.x)
+        small = objective.cut(cut)
         small_prior = replace(prior, groups=cut.small_groups)
         small_eta = eta._replace(mean=cut.gather(eta.mean), keep=cut.units(eta.keep))
 

@@ -149,10 +149,10 @@ class SpikeSlab:
         keep = tree.map(prune, eta.keep, eta.keep if before is None else before.keep)
         return self.Eta(structure.apply(structure.alive(self.groups, keep, eta.mean), eta.mean), keep)
 
-    def deploy(self, eta: Eta, objective: Objective, x: Tensor) -> tuple[Objective, Params]:
+    def deploy(self, eta: Eta, objective: Objective) -> tuple[Objective, Params]:
         """The slim model and its parameters: what `point` computes, without the removed units."""
         cut = Cut.of(self.groups, eta.keep)
-        return objective.cut(cut, x), cut.gather(self.point(eta))
+        return objective.cut(cut), cut.gather(self.point(eta))
 
     def parameters_left(self, eta: Eta) -> int:
         """Parameters that neither belong to a removed unit nor read one."""
