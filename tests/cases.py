@@ -15,6 +15,7 @@ import fedprior as fp
 from fedprior import Client, Examples, Params, Stats, posteriors, priors, tree
 from fedprior.objective import Objective
 from fedprior.rng import generator
+from fedprior.slim import Cut
 from learned_scale import LearnedScale
 
 
@@ -190,3 +191,13 @@ def without_seconds(history: Sequence[fp.Round]) -> list[fp.Round]:
     """Records without wall times: what must be equal between equal runs."""
     rows = [replace(r, clients=tuple(replace(c, seconds=0.0) for c in r.clients)) for r in history]
     return [replace(r, seconds=0.0, seconds_evaluate=0.0) for r in rows]
+
+
+def count_alive(z: Params, params: Params) -> int:
+    """How many entries of `params` have z_j > 0; an entry that z does not name is alive."""
+    return sum(int((z[k] > 0).expand_as(p).sum()) if k in z else p.numel() for k, p in params.items())
+
+
+def parameters_left(prior: priors.SpikeSlab, eta: Any) -> int:
+    """What a cut leaves of the prior's parameters."""
+    return tree.size(Cut.of(prior.groups, eta.keep).gather(eta.mean))

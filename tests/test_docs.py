@@ -19,6 +19,21 @@ def test_python_blocks_run(page, tmp_path, monkeypatch):
         exec(compile(block, page.name, "exec"), namespace)
 
 
+SUMMARY = r"^ *(\w+): nats ([\d.]+), accuracy ([\d.]+); ([\d.]+) MB up, ([\d.]+) MB down, ([\d,]+) of"
+
+
+def test_the_readme_prints_what_its_script_prints(capsys):
+    """Within 3 points of accuracy and 10 % of the bytes."""
+    readme = (ROOT / "README.md").read_text()
+    (script,) = re.findall(r"^```python\n(.*?fp.data.load.*?)^```", readme, re.M | re.S)
+    exec(compile(script, "README.md", "exec"), {"__name__": "docs"})
+    printed, wanted = (re.findall(SUMMARY, text, re.M) for text in (capsys.readouterr().out, readme))
+    assert [p[0] for p in printed] == [w[0] for w in wanted] == ["fedavg", "fedsparse"]
+    for got, want in zip(printed, wanted, strict=True):
+        assert float(got[2]) == pytest.approx(float(want[2]), abs=0.03)
+        assert [float(v) for v in got[3:5]] == pytest.approx([float(v) for v in want[3:5]], rel=0.1)
+
+
 @pytest.mark.parametrize("page", [*PAGES, ROOT / "CONTRIBUTING.md"], ids=lambda p: p.name)
 def test_links_lead_to_files(page):
     for target in re.findall(r"\]\((?!https?://)([^)#]+)", page.read_text()):

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 import fedprior as fp
-from cases import conv_net, redraw
+from cases import conv_net, count_alive, redraw
 from fedprior import inference, priors, structure, tree
 from fedprior.objective import Objective
 from fedprior.rng import generator
@@ -62,7 +62,7 @@ def test_outputs_are_those_of_the_masked_model(name: str) -> None:
     assert torch.allclose(got, want, atol=1e-10, rtol=0)
     assert cut.removed > 0 and tree.size(small.params()) < tree.size(params)
     alive = structure.alive(cut.groups, gate, params)
-    assert structure.count_alive(alive, params) == tree.size(small.params())
+    assert count_alive(alive, params) == tree.size(small.params())
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])

@@ -12,7 +12,19 @@ import torch
 from torch import Tensor
 from torch.distributions import Bernoulli, Normal
 
-from cases import MLP, PRIORS, VECTORS, Case, close, drawn_gates, everywhere, expected_gates, normal, total
+from cases import (
+    MLP,
+    PRIORS,
+    VECTORS,
+    Case,
+    close,
+    drawn_gates,
+    everywhere,
+    expected_gates,
+    normal,
+    parameters_left,
+    total,
+)
 from fedprior import Params, gates, posteriors, priors, structure, tree
 from fedprior.core import Stats
 from fedprior.objective import Objective
@@ -151,8 +163,8 @@ def test_parameters_left_is_what_a_mask_leaves(case: Case) -> None:
     for z in all_gates(case):
         eta = case.prior.Eta(case.params, {g: 0.5 * k for g, k in z.items()})
         want = sum(int(on.sum()) for on in live(case, z).values())
-        assert case.prior.parameters_left(eta) == want
-    assert case.prior.parameters_left(case.eta()) == tree.size(case.params)
+        assert parameters_left(case.prior, eta) == want
+    assert parameters_left(case.prior, case.eta()) == tree.size(case.params)
 
 
 def random_total(case: Case, eta, rng: torch.Generator) -> Stats:
@@ -181,7 +193,7 @@ def test_removed_units_stay_removed(case: Case) -> None:
             assert (theta > 0).sum() == 1 or ((theta == 0) | (theta >= 0.3)).all()
         on = live(case, {g: (k > 0).double() for g, k in eta.keep.items()})
         assert all(not v[on[k] == 0].any() and v[on[k] == 1].any() for k, v in eta.mean.items())
-        left.append(prior.parameters_left(eta))
+        left.append(parameters_left(prior, eta))
     assert left == sorted(left, reverse=True) and left[-1] < tree.size(case.params)
     assert all(int((k > 0).sum()) == 1 for k in eta.keep.values())
 
@@ -216,7 +228,7 @@ def test_a_client_cannot_bring_back_removed_units() -> None:
     )
     after = case.prior.project(case.eta(), before)
     assert all(theta[0] == 0 and (theta[1:] > 0).all() for theta in after.keep.values())
-    assert case.prior.parameters_left(after) == case.prior.parameters_left(before)
+    assert parameters_left(case.prior, after) == parameters_left(case.prior, before)
 
 
 def test_point_closes_removed_units() -> None:
@@ -224,7 +236,7 @@ def test_point_closes_removed_units() -> None:
     case = TINY[0]
     eta = case.eta()
     eta = case.prior.project(eta._replace(keep={g: k * (torch.arange(len(k)) != 1) for g, k in eta.keep.items()}))
-    assert case.prior.parameters_left(eta) < tree.size(eta.mean)
+    assert parameters_left(case.prior, eta) < tree.size(eta.mean)
     point, units = case.prior.point(eta), case.prior.groups
     closed = {g: gates.at_test_time(k) for g, k in eta.keep.items()}
     assert all((z[eta.keep[g] == 0] == 0).all() and (z[eta.keep[g] > 0.5] > 0).all() for g, z in closed.items())

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 import fedprior as fp
-from cases import conv_net, everywhere, redraw
+from cases import conv_net, count_alive, everywhere, redraw
 from fedprior import Params, structure
 from fedprior.objective import Objective
 from fedprior.rng import generator
@@ -176,7 +176,7 @@ def test_a_closed_gate_is_a_smaller_model(case: Case) -> None:
         assert torch.allclose(closed, functional_call(small, sliced, (x,)), rtol=0, atol=1e-12)
         z = everywhere(structure.alive(found, gate, params), params)
         trained = dict(small.named_parameters())
-        left = structure.count_alive({k: z[k] for k in trained}, {k: params[k] for k in trained})
+        left = count_alive({k: z[k] for k in trained}, {k: params[k] for k in trained})
         assert left == sum(p.numel() for p in trained.values())
         masked = {k: v * z[k] for k, v in params.items()}
         assert torch.allclose(closed, functional_call(model, masked, (x,)), rtol=0, atol=1e-12)
@@ -199,9 +199,7 @@ def test_groups_of_concatenated_layers() -> None:
     found = {g.name: g for g in structure.groups(model, x)}
     params = Objective(model).params()
     gate = {name: torch.ones(g.units) for name, g in found.items()}
-    assert structure.count_alive(structure.alive(found.values(), gate, params), params) == sum(
-        p.numel() for p in params.values()
-    )
+    assert count_alive(structure.alive(found.values(), gate, params), params) == sum(p.numel() for p in params.values())
     gate["b"][0] = 0
     z = everywhere(structure.alive(found.values(), gate, params), params)
     assert not z["c.weight"][:, 3].any() and z["c.weight"][:, [0, 1, 2, 4]].all()

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+import zstandard
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
@@ -18,31 +19,38 @@ from fedprior.codecs.frame import HEADER_BYTES
 
 DTYPES = {"float32": torch.float32, "float64": torch.float64}
 HEADER = struct.Struct("<4sBBH8sdI")  # the layout of the docstring of codecs/frame.py, written down again
-BITS = {"float32": np.int32, "float64": np.int64}
+BITS = {"bfloat16": 16, "int8": 8, "int4": 4, "int2": 2}
 
 
 @dataclass(frozen=True)
 class Case:
     codec: Dense | Sparse
-    lossless_zero: bool
+    lossless_zero: bool = False
 
     def __str__(self) -> str:
-        return f"{type(self.codec).__name__}-{self.codec.value_type}"
+        parts = [type(self.codec).__name__, self.codec.value_type, self.codec.entropy]
+        return "-".join(part for part in parts if part != "none")
 
     @property
     def dtype(self) -> torch.dtype:
-        return DTYPES[self.codec.value_type]
+        return DTYPES.get(self.codec.value_type, torch.float32)
 
     @property
     def itemsize(self) -> int:
         return self.dtype.itemsize
 
-    def length(self, message: Params) -> int:
-        """The length of a payload, by the codec's formula: one plain loop over entries."""
-        return HEADER_BYTES + sum(self._dense(v) if self.lossless_zero else self._sparse(v) for v in message.values())
+    def size(self, shape: tuple[int, ...]) -> int:
+        """Bytes of the values of one tensor."""
+        count, bits = math.prod(shape), BITS.get(self.codec.value_type)
+        if bits is None or len(shape) < 2:
+            return self.itemsize * count
+        steps = 4 * shape[0] if bits <= 8 else 0
+        return min(steps + math.ceil(count * bits / 8), self.itemsize * count)
 
-    def _dense(self, value: torch.Tensor) -> int:
-        return self.itemsize * value.numel()
+    def length(self, message: Params) -> int:
+        """The length of a payload before the entropy coder, by the codec's formula: one plain loop over entries."""
+        dense = isinstance(self.codec, Dense)
+        return HEADER_BYTES + sum(self.size(v.shape) if dense else self._sparse(v) for v in message.values())
 
     def _sparse(self, value: torch.Tensor) -> int:
         if value.ndim == 0:
@@ -51,7 +59,8 @@ class Case:
         rows = [torch.tensor(sorted(k), dtype=torch.int64) for k in kept]
         inside = value[torch.meshgrid(*rows, indexing="ij")].flatten().tolist()
         masks = sum(math.ceil(n / 8) for n in value.shape[:2])
-        return masks + 1 + self.itemsize * (1 if inside and len(set(inside)) == 1 else len(inside))
+        constant = inside and len(set(inside)) == 1
+        return masks + 1 + (self.itemsize if constant else self.size(tuple(len(r) for r in rows)))
 
     def message(self) -> Params:
         """A scalar, a vector with zeros, a matrix with dead rows and columns, a mask, and an image filter."""
@@ -67,7 +76,16 @@ class Case:
         }
 
 
-CASES = [Case(Dense(), True), Case(Dense("float64"), True), Case(Sparse(), False), Case(Sparse("float64"), False)]
+EXACT = [Case(Dense(), True), Case(Dense("float64"), True), Case(Sparse()), Case(Sparse("float64"))]
+SHRUNK = [Case(Dense("float64", "zlib"), True), Case(Sparse(entropy="zlib")), Case(Sparse(entropy="zstd"))]
+ROUNDED = [Case(kind(value_type)) for kind in (Dense, Sparse) for value_type in BITS]
+CASES = [
+    *EXACT,
+    *SHRUNK,
+    *(Case(Dense(v)) for v in ("bfloat16", "int4")),
+    *(Case(Sparse(v)) for v in ("int8", "int2")),
+    *(Case(Sparse("int8", entropy)) for entropy in ("zlib", "zstd")),
+]
 
 
 def same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
@@ -97,13 +115,31 @@ def with_body(payload: bytes, body: bytes) -> bytes:
     return seal(payload[:HEADER_BYTES] + body)
 
 
+def shrunk(case: Case, body: bytes) -> bytes:
+    """The body as the case's entropy coder writes it."""
+    if case.codec.entropy == "zlib":
+        return zlib.compress(body)
+    return zstandard.compress(body) if case.codec.entropy == "zstd" else body
+
+
+def expanded(case: Case, payload: bytes) -> bytes:
+    """The body of a valid payload, before its entropy coder."""
+    body = payload[HEADER_BYTES:]
+    if case.codec.entropy == "zlib":
+        return zlib.decompress(body)
+    return zstandard.decompress(body) if case.codec.entropy == "zstd" else body
+
+
 @st.composite
-def messages(draw: st.DrawFn, dtype: torch.dtype) -> Params:
+def messages(draw: st.DrawFn, dtype: torch.dtype, largest: float | None = None) -> Params:
     """Up to four tensors of 0 to 4 dimensions (some empty), with rows and columns set to zero."""
     width, message = 8 * dtype.itemsize, {}
+    limits = {} if largest is None else {"min_value": -largest, "max_value": largest}
     for index in range(draw(st.integers(1, 4))):
         shape = draw(hnp.array_shapes(min_dims=0, max_dims=4, min_side=0, max_side=4))
-        elements = st.floats(allow_nan=False, allow_infinity=False, width=width) | st.sampled_from([0.0, -0.0, 1.0])
+        elements = st.floats(allow_nan=False, allow_infinity=False, width=width, **limits) | st.sampled_from(
+            [0.0, -0.0, 1.0]
+        )
         values = draw(hnp.arrays(np.dtype(f"float{width}"), shape, elements=elements))
         for dim, size in enumerate(shape[:2]):
             for unit in draw(st.sets(st.integers(0, max(size - 1, 0)), max_size=size)):

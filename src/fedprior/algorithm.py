@@ -5,7 +5,6 @@ Optional methods of a prior, each with the meaning it has when absent:
     bind(model, x) -> prior         look at the model before round one        (the prior itself)
     message(eta, q) -> Stats        what one client uploads                   (the `uplink` terms of stats(q))
     project(eta, before) -> eta     back to feasible values, after a step     (eta)
-    parameters_left(eta) -> int     parameters that are still alive           (all of them)
     deploy(eta, objective)          the model that is evaluated and exported  (objective, point(eta))
 """
 
@@ -50,8 +49,9 @@ class Algorithm:
     def __post_init__(self) -> None:
         for part, protocol in _PARTS.items():
             if isinstance(value := getattr(self, part), type) or not isinstance(value, protocol):
-                needs = [m for m in vars(protocol) if not m.startswith("_")]
-                raise TypeError(f"{part}={value!r} is not a {protocol.__name__}: it needs {', '.join(needs)}")
+                lacks = [m for m in vars(protocol) if not m.startswith("_") and not hasattr(value, m)]
+                why = f"it lacks {', '.join(lacks)}" if lacks else "give an instance, not the class"
+                raise TypeError(f"{part}={value!r} is not a {protocol.__name__}: {why}")
         if self.weighting not in get_args(Weighting):
             raise ValueError(f"weighting must be one of {', '.join(get_args(Weighting))}, got {self.weighting!r}")
 
@@ -103,10 +103,10 @@ class Algorithm:
         deploy = getattr(self.prior, "deploy", None)
         return deploy(eta, objective) if deploy else (objective, self.prior.point(eta))
 
-    def parameters_left(self, eta: Eta) -> int:
-        """Parameters that are still alive, buffers included."""
-        left = getattr(self.prior, "parameters_left", None)
-        return left(eta) if left else tree.size(self.prior.point(eta))
+    def parameters_left(self, eta: Eta, objective: Objective) -> int:
+        """Parameters of the deployed model; buffers do not count."""
+        smaller, params = self.deploy(eta, objective)
+        return sum(value.numel() for name, value in params.items() if name not in smaller.buffers)
 
 
 _PARTS = {"prior": Prior, "inference": Inference, "server": ServerStep, "codec": Codec}

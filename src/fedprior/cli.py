@@ -22,7 +22,9 @@ import fedprior
 from fedprior import compare as comparing
 from fedprior import config as configs
 from fedprior.data import available
+from fedprior.records import read, warning
 from fedprior.refusals import interruptible, one_line
+from fedprior.run import RECORDS
 
 app = typer.Typer(
     help="Federated learning in which the prior is the algorithm.",
@@ -75,6 +77,7 @@ def run(config: Config, out: Out = None, resume: Again = None, quiet: Quiet = Fa
         row = comparing.execute(experiment, folder, resume is not None, False if quiet else None)
     if not quiet:
         _print_rows([row])
+    _warn(folder, row)
     typer.echo(f"{folder}; plots and tables: fedprior report {folder}")
 
 
@@ -93,7 +96,9 @@ def _new_folder(name: str) -> Path:
 
 _OWN = "the algorithm's own"
 Dataset = Annotated[str, typer.Argument(help="A data set (see `fedprior data`), or a .csv or .parquet file.")]
-Algorithms = Annotated[str, typer.Option(help="Names with commas between them (see `fedprior algorithms`).")]
+Algorithms = Annotated[
+    str, typer.Option(help="Names with commas between (see `fedprior algorithms`); auto: three that suit the data set.")
+]
 Rounds = Annotated[int, typer.Option(help="Rounds of each algorithm.")]
 Clients = Annotated[int, typer.Option(help="Clients that share the data; by_key has one for each key.")]
 Cohort = Annotated[int, typer.Option(help="Clients sampled each round.")]
@@ -119,7 +124,7 @@ Resume = Annotated[bool, typer.Option("--resume", help="Go on with the compariso
 @one_line
 def compare(
     dataset: Dataset,
-    algorithms: Algorithms = "fedavg,fedprox,fedsparse",
+    algorithms: Algorithms = "auto",
     rounds: Rounds = 100,
     clients: Clients = 100,
     cohort: Cohort = 10,
@@ -147,11 +152,16 @@ def compare(
     if resume and out is None:
         raise ValueError("--resume needs --out, the folder of the comparison to go on with")
     _compare(
-        [_config(given, name) for name in _names(algorithms)], out or _new_folder(Path(dataset).stem), resume, quiet
+        [_config(given, name) for name in _names(algorithms, dataset)],
+        out or _new_folder(Path(dataset).stem),
+        resume,
+        quiet,
     )
 
 
-def _names(algorithms: str) -> list[str]:
+def _names(algorithms: str, dataset: str) -> list[str]:
+    if algorithms == "auto":  # a recurrent model has no units that fedsparse could remove
+        algorithms = "fedavg,fedprox,fedadam" if dataset == "shakespeare" else "fedavg,fedprox,fedsparse"
     names = [name.strip() for name in algorithms.split(",")]
     if len(set(names)) < len(names):
         raise ValueError(f"each algorithm can be named once, got {algorithms}")
@@ -167,7 +177,15 @@ def _compare(wanted: list[configs.Config], place: Path, resume: bool, quiet: boo
         written = _report(place)
     if not quiet:
         _print_rows(rows)
+    for row in rows:
+        _warn(place / row["algorithm"], row)
     typer.echo(written)
+
+
+def _warn(folder: Path, row: comparing.Row) -> None:
+    """A line on stderr if uploads were refused or rounds went by without an update."""
+    if text := warning(read(folder / RECORDS)):
+        typer.echo(f"fedprior: {row['algorithm']}: {text}", err=True)
 
 
 def _config(given: dict[str, Any], name: str) -> configs.Config:

@@ -96,7 +96,13 @@ def _outputs(train: Examples, test: Examples) -> int:
     labels = torch.cat([train.y, test.y])
     if int(labels.min()) < 0:
         raise ValueError(f"classes are numbered from 0 up, and the target has {int(labels.min())}; write them as text")
-    return 1 + int(labels.max())
+    outputs, distinct = 1 + int(labels.max()), len(labels.unique())
+    if outputs > 10 * distinct:
+        raise ValueError(
+            f"the target has {distinct} classes with numbers up to {outputs - 1}: number them 0, 1, 2, ..., "
+            "or write them as text"
+        )
+    return outputs
 
 
 def _check_device(device: str) -> None:

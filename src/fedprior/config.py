@@ -55,6 +55,8 @@ class RunConfig:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"{name} must be at least 1, got {value}")
+        if self.threads is not None and self.threads > 1024:
+            raise ValueError(f"threads must be at most 1024, got {self.threads}")
         if self.seed < 0:
             raise ValueError(f"seed must be 0 or more, got {self.seed}")
 
@@ -94,7 +96,10 @@ class DataConfig:
         known_name("data set", self.name, [*known, *TABLES])
         known_name("partition", self.partition, ["auto", *PARTITIONS])
         if self.name in TABLES and (self.path is None or self.target is None):
-            raise ValueError(f'the data set "{self.name}" needs path = "FILE" and target = "COLUMN" in [data]')
+            raise ValueError(
+                f'the data set "{self.name}" needs the file and the column to predict: '
+                "--target COLUMN, or path and target in [data]"
+            )
         if not 0 <= self.test_fraction < 1:
             raise ValueError(f"test_fraction must be in [0, 1), got {self.test_fraction}")
         if self.clients < 1:

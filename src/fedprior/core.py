@@ -46,6 +46,10 @@ class Stats:
     clients: float = 1.0
 
     def __getitem__(self, term: str) -> Params:
+        if term not in self.terms:
+            raise KeyError(
+                f"no statistic {term!r}, only {', '.join(self.terms)}: does `uplink` name what m_step reads?"
+            )
         return self.terms[term]
 
     def __add__(self, other: Stats) -> Stats:
@@ -61,7 +65,7 @@ class Stats:
 
     def only(self, terms: Iterable[str]) -> Stats:
         """The named terms alone: what travels."""
-        return Stats({t: self.terms[t] for t in terms}, self.clients)
+        return Stats({t: self[t] for t in terms}, self.clients)
 
 
 @dataclass(frozen=True)
@@ -119,8 +123,7 @@ class Prior(Protocol):
     """p(phi_s | eta): five short methods, in this order, and the names of what travels.
 
     Optional methods, looked up by the functions of `algorithm.py` and described there:
-    `bind(model, x)`, `message(eta, q)`, `project(eta, before)`, `parameters_left(eta)`,
-    `deploy(eta, objective)`.
+    `bind(model, x)`, `message(eta, q)`, `project(eta, before)`, `deploy(eta, objective)`.
     """
 
     @property

@@ -9,6 +9,7 @@ import torch
 
 from fedprior.core import Client, Examples, Params
 from fedprior.objective import Objective
+from fedprior.rng import generator, seeded_globals
 
 
 @dataclass(frozen=True)
@@ -32,6 +33,11 @@ def evaluate(objective: Objective, phi: Params, data: Examples, batch_size: int 
     if len(data) == 0:
         raise ValueError("cannot evaluate on no examples")
     objective.train(False)
+    with seeded_globals(generator(0, "evaluate"), next(iter(phi.values())).device):  # for layers that always draw
+        return _evaluate(objective, phi, data, batch_size)
+
+
+def _evaluate(objective: Objective, phi: Params, data: Examples, batch_size: int) -> Sums:
     device = next(iter(phi.values())).device
     parts = []
     for start in range(0, len(data), batch_size):

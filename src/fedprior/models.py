@@ -2,13 +2,29 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping
 from itertools import pairwise
+from typing import ParamSpec
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fedprior.rng import generator
+
+P = ParamSpec("P")
+
+
+def _own_randomness(build: Callable[P, nn.Module]) -> Callable[P, nn.Module]:
+    """PyTorch's layers draw from its global generator when they are made: give it back as it was."""
+
+    @functools.wraps(build)
+    def wrapped(*args: P.args, **kwargs: P.kwargs) -> nn.Module:
+        with torch.random.fork_rng(devices=[]):
+            return build(*args, **kwargs)
+
+    return wrapped
 
 
 def _seeded(model: nn.Module, seed: int) -> nn.Module:
@@ -34,6 +50,7 @@ def _fan_in(module: nn.Module, name: str) -> int:
     return 0
 
 
+@_own_randomness
 def lenet(
     channels: tuple[int, int] = (20, 50), hidden: int = 500, classes: int = 10, image: int = 28, seed: int = 0
 ) -> nn.Module:
@@ -60,9 +77,12 @@ def lenet(
     return _seeded(layers, seed)
 
 
+@_own_randomness
 def mlp(inputs: int = 784, hidden: tuple[int, ...] = (200, 200), classes: int = 10, seed: int = 0) -> nn.Module:
     """Dense layers with ReLU; (n, ...) is flattened to (n, inputs)."""
     sizes = (inputs, *hidden)
+    if min(*sizes, classes) < 1:
+        raise ValueError(f"mlp needs layers of at least 1 unit, got {(*sizes, classes)}")
     layers: list[nn.Module] = [nn.Flatten()]
     for a, b in pairwise(sizes):
         layers += [nn.Linear(a, b), nn.ReLU()]
@@ -89,6 +109,7 @@ class CharGRU(nn.Module):
         return self.head(states[:, -1])
 
 
+@_own_randomness
 def char_gru(vocabulary: int, embedding: int = 8, hidden: int = 128, seed: int = 0) -> nn.Module:
     """A CharGRU initialised from `seed`."""
     return _seeded(CharGRU(vocabulary, embedding, hidden), seed)
@@ -117,6 +138,7 @@ _NORMS: Mapping[str, Callable[[int], nn.Module]] = {
 }
 
 
+@_own_randomness
 def resnet(
     depth: int = 20, norm: str = "group", width: int = 16, channels: int = 1, classes: int = 10, seed: int = 0
 ) -> nn.Module:
@@ -188,6 +210,7 @@ class ViT(nn.Module):
         return self.head(self.norm(self.blocks(x)).mean(1))
 
 
+@_own_randomness
 def vit(
     image: int = 28,
     patch: int = 4,

@@ -35,9 +35,17 @@ class Loss:
     log_lik: PerExample
     scores: Mapping[str, PerExample] = field(default_factory=dict)
 
+    def __str__(self) -> str:
+        return getattr(self.log_lik, "__qualname__", type(self.log_lik).__name__)
+
 
 def _categorical(logits: Tensor, y: Tensor) -> Tensor:
     """Class logits (n, classes), or (n, positions, classes), whose positions are summed."""
+    if y.is_floating_point() or y.shape != logits.shape[:-1]:
+        raise ValueError(
+            f"classification needs int64 class indices of shape {tuple(logits.shape[:-1])}, got {y.dtype} of shape "
+            f"{tuple(y.shape)}; write y.argmax(1) for one-hot labels, or loss='regression' for numbers"
+        )
     if logits.ndim == 2:
         return -F.cross_entropy(logits, y, reduction="none")
     return -F.cross_entropy(logits.flatten(0, -2), y.flatten(), reduction="none").view(y.shape).flatten(1).sum(1)
@@ -72,6 +80,11 @@ def as_loss(loss: str | Loss | PerExample) -> Loss:
         if loss not in LOSSES:
             raise ValueError(f"unknown loss {loss!r}; known: {', '.join(LOSSES)}, or pass a fedprior.Loss")
         return LOSSES[loss]
+    if isinstance(loss, nn.modules.loss._Loss):
+        raise TypeError(
+            f"{type(loss).__name__} is to be minimised; a fedprior loss is a log-likelihood of each example. "
+            "Write for instance loss=lambda o, y: -F.cross_entropy(o, y, reduction='none')"
+        )
     return loss if isinstance(loss, Loss) else Loss(loss)
 
 
@@ -83,12 +96,17 @@ class Objective:
     """
 
     def __init__(
-        self, model: nn.Module, loss: str | Loss | PerExample = "classification", device: str | torch.device = "cpu"
+        self,
+        model: nn.Module,
+        loss: str | Loss | PerExample = "classification",
+        device: str | torch.device | None = None,
     ) -> None:
         self.loss = as_loss(loss)
-        self.model = copy.deepcopy(model).to(device)
+        self.model = copy.deepcopy(model).to(device)  # None leaves it where it is
         self.trainable = tuple(name for name, p in self.model.named_parameters() if p.requires_grad)
         parameters = dict(self.model.named_parameters())
+        norms = [m for m in self.model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+        self.smallest_batch = 2 if norms else 1  # a batch norm cannot be trained on one example
         self.buffers = frozenset(name for name in self.params() if name not in parameters)
         self._counters = {k: b.clone() for k, b in self.model.named_buffers() if not b.is_floating_point()}
         self._smaller: tuple[Cut, Objective] | None = None
@@ -123,5 +141,8 @@ class Objective:
     def module(self, phi: Params) -> nn.Module:
         """A copy of the model with the parameters `phi`, in evaluation mode."""
         model = copy.deepcopy(self.model).eval()
-        model.load_state_dict({**model.state_dict(), **phi})
+        with torch.no_grad():
+            for name, value in [*model.named_parameters(), *model.named_buffers()]:
+                if name in phi:
+                    value.copy_(phi[name])
         return model

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable
+from collections import Counter
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -68,6 +69,23 @@ class Round:
     def lost(self) -> list[ClientRecord]:
         """The clients whose statistics are not in the sum."""
         return [c for c in self.clients if c.status != "ok"]
+
+
+def warning(history: Sequence[Round]) -> str:
+    """One line on uploads that were refused and rounds without an update; empty if there were none."""
+    told = [c for r in history for c in r.clients]
+    rejected = [c for c in told if c.status == "rejected"]
+    stuck = [r for r in history if r.kept_eta]
+    parts = []
+    if rejected:
+        parts.append(f"{len(rejected)} of {len(told)} uploads were refused (the first: {rejected[0].reason})")
+    if stuck:
+        lost = Counter(c.status for r in stuck for c in r.lost())
+        why = ", ".join(f"{n} {status}" for status, n in lost.items()) or stuck[0].kept_eta
+        parts.append(f"in {len(stuck)} of {len(history)} rounds the model was not updated (clients: {why})")
+    if any("not finite" in text for text in [*(c.reason for c in rejected), *(r.kept_eta for r in stuck)]):
+        parts.append("values that are not finite: look for NaN in the data, or lower the learning rate")
+    return "; ".join(parts)
 
 
 def write_atomically(path: Path, data: bytes) -> None:

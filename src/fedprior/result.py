@@ -6,15 +6,14 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from fedprior import tree
 from fedprior.algorithm import Algorithm
 from fedprior.core import Eta, Params, Population
 from fedprior.metrics import evaluate_clients
 from fedprior.objective import Objective
-from fedprior.records import Round
+from fedprior.records import Round, warning
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Result:
     """A finished run.
 
@@ -70,13 +69,13 @@ class Result:
 
     @property
     def parameters(self) -> int:
-        """Entries of the model, its floating-point buffers included."""
-        return tree.size(self.params)
+        """Entries of the model's parameters; buffers do not count."""
+        return sum(value.numel() for name, value in self.params.items() if name not in self.objective.buffers)
 
     @property
     def parameters_left(self) -> int:
-        """Those that are alive."""
-        return self.algorithm.parameters_left(self.eta)
+        """Those of `model()`."""
+        return self.algorithm.parameters_left(self.eta, self.objective)
 
     @property
     def seconds(self) -> float:
@@ -102,12 +101,18 @@ class Result:
             "rounds": len(self.history),
         }
 
+    def __repr__(self) -> str:
+        return f"Result({self.summary()})"
+
     def summary(self) -> str:
-        """One line for people; MB are 10^6 bytes."""
-        metrics = ", ".join(f"{k} {v:.4f}" for k, v in self.metrics.items()) or "not evaluated"
+        """One line for people, a second one if there is a warning; MB are 10^6 bytes."""
+        metrics = ", ".join(f"{k} {v:.4f}" if abs(v) < 1e4 else f"{k} {v:.1e}" for k, v in self.metrics.items())
         left = 100 * self.parameters_left / self.parameters
-        return (
-            f"{self.algorithm.name}: {metrics}; {self.bytes_up / 1e6:.2f} MB up, {self.bytes_down / 1e6:.2f} MB down, "
+        line = (
+            f"{self.algorithm.name}: {metrics or 'not evaluated'}; "
+            f"{self.bytes_up / 1e6:.2f} MB up, {self.bytes_down / 1e6:.2f} MB down, "
             f"{self.parameters_left:,} of {self.parameters:,} parameters left ({left:.1f} %), "
             f"{len(self.history)} rounds in {self.seconds:.1f} s"
         )
+        troubles = warning(self.history)
+        return f"{line}\n  warning: {troubles}" if troubles else line

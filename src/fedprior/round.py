@@ -68,16 +68,16 @@ class RoundWork:
         """Receive, train, send."""
         client = self.population[index]
         examples = len(client.train)
-        status = self.availability.status(self.seed, self.number, index, examples)
+        status = self.availability.status(self.seed, self.number, client.index, examples)
         if status != "ok":
-            return Upload(index, client.name, examples, status)
+            return Upload(client.index, client.name, examples, status)
         started = time.perf_counter()
         try:
             payload, state = self._train(client)
         except Exception as error:
-            error.add_note(f"in round {self.number}, client {client.name!r} (index {index}), seed {self.seed}")
+            error.add_note(f"in round {self.number}, client {client.name!r} (index {client.index}), seed {self.seed}")
             raise
-        return Upload(index, client.name, examples, "ok", payload, state, time.perf_counter() - started)
+        return Upload(client.index, client.name, examples, "ok", payload, state, time.perf_counter() - started)
 
     def _train(self, client: Client) -> tuple[bytes, Params | None]:
         """The E-step and the encoded statistics."""

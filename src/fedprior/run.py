@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
@@ -10,10 +9,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import nn
 
-from fedprior import checkpoint, tree
+from fedprior import checkpoint, checks, tree
 from fedprior.algorithm import Algorithm
 from fedprior.codecs import schema_of
 from fedprior.cohort import Availability, sample
@@ -73,11 +71,21 @@ def run(
         ValueError: before round one, for sizes or parts that do not fit together.
         FileExistsError: if `out` holds a run already and `resume` is False.
     """
+    availability = availability or Availability()
+    checks.check_types(algorithm, model, clients, availability, test)
     cohort = len(clients) if cohort is None else cohort
-    _check(clients, rounds, cohort, checkpoint_every, evaluate_every)
-    loop = _Loop.build(algorithm, model, clients, loss, engine, availability, seed, cohort, device)
+    counts = {"rounds": rounds, "checkpoint_every": checkpoint_every, "evaluate_every": evaluate_every}
+    checks.check_sizes(clients, seed, cohort, counts)
+    checks.check_clients(clients)
+    objective = Objective(model, loss, device)
+    checks.check_fit(objective, clients, test, device)
+    loop = _Loop.build(algorithm, objective, clients, engine or Sequential(), availability, seed, cohort, device)
     folder = None if out is None else Path(out)
+    if resume and folder is None:
+        raise ValueError("resume=True needs out=, the folder of the run to go on with")
     state = loop.first() if folder is None else _open(folder, loop, resume)
+    if state.number > rounds:
+        raise ValueError(f"{folder} has run {state.number} rounds already, and rounds={rounds} asks for fewer")
     with ExitStack() as stack:
         file = None if folder is None else RecordFile(folder / RECORDS, state.number)
         if file is not None:
@@ -94,6 +102,8 @@ def run(
                 if last or state.number % checkpoint_every == 0:
                     file.sync()
                     _checkpoint(folder, loop, state)
+            else:
+                state.store.commit(state.number)
             bar.update(record)
             if on_round is not None:
                 on_round(record)
@@ -130,32 +140,28 @@ class _Loop:
     def build(
         cls,
         algorithm: Algorithm,
-        model: nn.Module,
+        objective: Objective,
         clients: Population,
-        loss: str | Loss | PerExample,
-        engine: Engine | None,
-        availability: Availability | None,
+        engine: Engine,
+        availability: Availability,
         seed: int,
         cohort: int,
         device: str,
     ) -> _Loop:
-        """Where the parts meet: what does not fit together is refused here."""
-        objective = Objective(model, loss, device)
-        availability = availability or Availability()
+        """Where the parts meet: a prior and an inference that do not fit are refused here."""
         setting = {"algorithm": str(algorithm), "seed": seed, "cohort": cohort, "population": len(clients)}
         setting |= {"availability": asdict(availability), "parameters": _shapes(objective.params())}
-        setting |= {"first client": _identity(clients[0]), "last client": _identity(clients[len(clients) - 1])}
-        example = clients[0].train
-        _check_model(objective, example.to(device))
-        algorithm = algorithm.bind(objective.model, example.x[:1].to(device))
-        eta, _ = algorithm.start(objective.params())
+        setting |= {"data": checks.identity(clients), "loss": str(objective.loss)}
+        algorithm = algorithm.bind(objective.model, clients[0].train.x[:1].to(device))
+        eta, server = algorithm.start(objective.params())
         first = algorithm.message(eta, algorithm.inference.start(algorithm.prior, eta))
+        algorithm.m_step(eta, first, server)  # what it reads and the message lacks shows here
         up_schema = schema_of(flat(first))
         return cls(
             algorithm,
             objective,
             clients,
-            engine or Sequential(),
+            engine,
             availability,
             seed,
             cohort,
@@ -198,7 +204,7 @@ class _Loop:
             number=number,
             bytes_down=sum(c.bytes_down for c in work.records),
             bytes_up=sum(c.bytes_up for c in work.records),
-            parameters_left=self.algorithm.parameters_left(eta),
+            parameters_left=self.algorithm.parameters_left(eta, self.objective),
             seconds=seconds,
             seconds_evaluate=time.perf_counter() - started,
             metrics=metrics,
@@ -217,54 +223,20 @@ class _Loop:
         return eta, server, ""
 
 
-def _check(clients: Any, rounds: int, cohort: int, checkpoint_every: int, evaluate_every: int) -> None:
-    if len(clients) == 0:
-        raise ValueError("the population has no clients")
-    if not 1 <= cohort <= len(clients):
-        raise ValueError(f"cohort must be between 1 and the {len(clients)} clients, got {cohort}")
-    if min(rounds, checkpoint_every, evaluate_every) < 1:
-        raise ValueError(
-            f"rounds, checkpoint_every and evaluate_every must be at least 1, "
-            f"got {rounds}, {checkpoint_every} and {evaluate_every}"
-        )
-
-
-def _check_model(objective: Objective, data: Examples) -> None:
-    """Try one example, so that a model that does not fit its data is reported before round one."""
-    objective.train(False)
-    x, y = data.x[:1], data.y[:1]
-    try:
-        with torch.no_grad():
-            value = objective.log_lik(objective.params(), x, y)
-    except (RuntimeError, ValueError, IndexError, TypeError) as error:
-        raise ValueError(
-            f"the model and its loss do not fit the data (x {tuple(x.shape)} {x.dtype}, y {tuple(y.shape)} {y.dtype}): "
-            f"{error}"
-        ) from error
-    if value.ndim != 0:
-        raise ValueError(f"the loss must give one log-likelihood per example, got shape {tuple(value.shape)}")
-
-
 def _shapes(params: Params) -> dict[str, str]:
     return {k: f"{tuple(v.shape)} {v.dtype}" for k, v in params.items()}
-
-
-def _identity(client: Client) -> str:
-    """Enough to notice another partition: name, number and a digest of the training targets."""
-    digest = hashlib.sha256(client.train.y.cpu().contiguous().numpy().tobytes()).hexdigest()[:16]
-    return f"{client.name}, {len(client.train)} examples, {digest}"
 
 
 def _open(folder: Path, loop: _Loop, resume: bool) -> _State:
     """A new run's folder, or the state of the run in it."""
     folder.mkdir(parents=True, exist_ok=True)
-    for left_by_a_crash in folder.glob(".*.tmp"):
-        left_by_a_crash.unlink()
     saved = checkpoint.read(folder)
     if not resume:
         if saved is not None or (folder / RECORDS).exists():
             raise FileExistsError(f"{folder} holds a run already: pass resume=True to go on, or another folder")
         return loop.first(DiskStore(folder / "clients"))
+    for left_by_a_crash in (*folder.glob(".*.tmp"), *folder.glob("clients/.*.tmp")):
+        left_by_a_crash.unlink()
     store = DiskStore(folder / "clients")
     store.rollback(0 if saved is None else saved.number)
     if saved is None:

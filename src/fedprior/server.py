@@ -15,6 +15,7 @@ A flat eta is a Params: "field/name" -> tensor (tree.flatten); all steps work en
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -23,6 +24,18 @@ from torch import Tensor
 
 from fedprior import tree
 from fedprior.core import Params
+
+
+def _check_positive(step: object, *names: str) -> None:
+    for name in names:
+        if not 0 < (value := getattr(step, name)) < math.inf:
+            raise ValueError(f"{type(step).__name__} needs {name} > 0, got {value}")
+
+
+def _check_fractions(step: object, *names: str) -> None:
+    for name in names:
+        if not 0 <= (value := getattr(step, name)) < 1:
+            raise ValueError(f"{type(step).__name__} needs 0 <= {name} < 1, got {value}")
 
 
 @dataclass(frozen=True)
@@ -44,6 +57,9 @@ class Damped:
 
     rate: float = 1.0
 
+    def __post_init__(self) -> None:
+        _check_positive(self, "rate")
+
     def init(self, eta: Params) -> Params:
         """No state."""
         return {}
@@ -59,6 +75,10 @@ class Momentum:
 
     lr: float = 1.0
     momentum: float = 0.9
+
+    def __post_init__(self) -> None:
+        _check_positive(self, "lr")
+        _check_fractions(self, "momentum")
 
     def init(self, eta: Params) -> Params:
         """m = 0."""
@@ -97,6 +117,10 @@ class Adagrad:
     beta1: float = 0.0
     tau: float = 1e-3
 
+    def __post_init__(self) -> None:
+        _check_positive(self, "lr", "tau")
+        _check_fractions(self, "beta1")
+
     def init(self, eta: Params) -> Params:
         """m = 0, v = tau^2."""
         return _adaptive_init(eta, self.tau)
@@ -114,6 +138,10 @@ class Adam:
     beta1: float = 0.9
     beta2: float = 0.99
     tau: float = 1e-3
+
+    def __post_init__(self) -> None:
+        _check_positive(self, "lr", "tau")
+        _check_fractions(self, "beta1", "beta2")
 
     def init(self, eta: Params) -> Params:
         """m = 0, v = tau^2."""
@@ -133,6 +161,10 @@ class Yogi:
     beta1: float = 0.9
     beta2: float = 0.99
     tau: float = 1e-3
+
+    def __post_init__(self) -> None:
+        _check_positive(self, "lr", "tau")
+        _check_fractions(self, "beta1", "beta2")
 
     def init(self, eta: Params) -> Params:
         """m = 0, v = tau^2."""

@@ -60,6 +60,11 @@ class Cut:
         return {key: on.nonzero().flatten() for key, on in left.items()}
 
     @property
+    def touched(self) -> list[str]:
+        """Names of the parameters and buffers that groups hold."""
+        return list(dict.fromkeys(name for name, _ in self._positions))
+
+    @property
     def removed(self) -> int:
         """How many units are gone."""
         return sum(g.units - len(self.kept[g.name]) for g in self.groups)
@@ -80,7 +85,8 @@ class Cut:
         """The slim model's parameters, copies."""
         small = {name: value.clone() for name, value in params.items()}
         for (name, dim), index in self._positions.items():
-            small[name] = small[name].index_select(dim, index.to(small[name].device))
+            if name in small:
+                small[name] = small[name].index_select(dim, index.to(small[name].device))
         return small
 
     def scatter(self, small: Params, like: Params) -> Params:
@@ -100,7 +106,9 @@ def slim(model: nn.Module, cut: Cut) -> nn.Module:
     hard-codes a width, as in x.view(-1, 800), has to ask the layer instead.
     """
     small = copy.deepcopy(model)
-    for name, value in cut.gather({k: v.detach() for k, v in _tensors(small).items()}).items():
+    tensors = {k: v.detach() for k, v in [*small.named_parameters(), *small.named_buffers()]}
+    for name in cut.touched:
+        value = cut.gather({name: tensors[name]})[name]
         owner, _, attribute = name.rpartition(".")
         layer = small.get_submodule(owner)
         if attribute in layer._parameters:
@@ -110,10 +118,6 @@ def slim(model: nn.Module, cut: Cut) -> nn.Module:
     for layer in small.modules():
         _resize(layer)
     return small
-
-
-def _tensors(model: nn.Module) -> Params:
-    return dict([*model.named_parameters(), *model.named_buffers()])
 
 
 def _resize(layer: nn.Module) -> None:

@@ -13,6 +13,7 @@ The dependency graph is torch-pruning's (Fang et al. 2023, arXiv:2301.12900).   
 
 from __future__ import annotations
 
+import copy
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -103,11 +104,6 @@ def apply(z: Params, params: Params) -> Params:
     return {k: p * z[k] if k in z else p for k, p in params.items()}
 
 
-def count_alive(z: Params, params: Params) -> int:
-    """How many entries of `params` have z_j > 0."""
-    return sum(int((z[k] > 0).sum()) * (p.numel() // z[k].numel()) if k in z else p.numel() for k, p in params.items())
-
-
 def sizes(groups: Sequence[Group], gate: Mapping[str, Tensor], params: Params) -> Params:
     """How many live entries each unit owns, group -> (units,), given which units are alive (z_g > 0)."""
     live: dict[tuple[str, int], Tensor] = {}
@@ -144,17 +140,21 @@ def groups(model: nn.Module, x: Tensor) -> tuple[Group, ...]:
         import torch_pruning
     except ModuleNotFoundError as error:
         raise ModuleNotFoundError("sparse priors need torch-pruning: pip install 'fedprior[sparse]'") from error
+    model = copy.deepcopy(model).requires_grad_(True)  # the graph is traced through autograd; frozen layers count
     names = {module: name for name, module in model.named_modules()}
-    training = model.training
+    known = _known(model)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # it warns of parameters outside its layers: those stay dense here
         graph: Any = torch_pruning.DependencyGraph().build_dependency(model, example_inputs=x[:1])
-        found = [_group(list(items), names) for items in graph.get_all_groups(root_module_types=[nn.Conv2d, nn.Linear])]
-    model.train(training)
+        found = [
+            _group(list(items), names, known)
+            for items in graph.get_all_groups(root_module_types=[nn.Conv2d, nn.Linear])
+        ]
     kept = tuple(reversed([group for group in found if group is not None]))  # found from the output backwards
     if not kept:
         raise ValueError(
-            f"no unit of {type(model).__name__} can be gated: none of its Linear or Conv2d layers feeds another. "
+            f"no unit of {type(model).__name__} can be gated: a unit needs a Linear or Conv2d layer that makes it and "
+            "another that reads it, with no LayerNorm, recurrent layer or tied weight between. "
             "Use a dense prior such as Gaussian."
         )
     return kept
@@ -168,32 +168,47 @@ def dense_layers(model: nn.Module, groups: Sequence[Group]) -> list[str]:
     ]
 
 
+_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.GroupNorm, nn.LayerNorm)
 _OUT = {"prune_out_channels": True, "prune_in_channels": False}
 
 
-def _group(items: list[Any], names: Mapping[nn.Module, str]) -> Group | None:
+def _group(items: list[Any], names: Mapping[nn.Module, str], known: set[str]) -> Group | None:
     """One of torch-pruning's groups as ours; None for output units, coupled to one, and unknown layers."""
     parts: list[tuple[nn.Module, dict[int, int], str, int, bool]] = []
     for item in items:
         layer, unit = item.dep.target.module, dict(zip(item.idxs, item.root_idxs, strict=True))
         if isinstance(layer, nn.Parameter):
             return None
-        if layer not in names or not any(True for _ in layer.parameters()):
-            continue  # reshapes, pooling and elementwise operations hold no parameters
+        if layer not in names or not any(True for _ in (*layer.parameters(), *layer.buffers())):
+            continue  # reshapes, pooling and elementwise operations hold nothing
         held = _held(layer, _OUT.get(item.dep.handler.__name__))
         if held is None:
             return None
-        parts += [(layer, unit, attribute, dim, owns) for attribute, (dim, owns) in held.items()]
+        parts += [
+            (layer, unit, attribute, dim, owns)
+            for attribute, (dim, owns) in held.items()
+            if getattr(layer, attribute, None) is not None
+        ]
     if not any(attribute == "weight" and not owns for _, _, attribute, _, owns in parts):
         return None  # nothing reads these units: they are the model's outputs
+    if any(f"{names[layer]}.{attribute}" not in known for layer, _, attribute, _, _ in parts):
+        return None
     merged = _merged(parts, names)
     members = []
     for layer, unit, attribute, dim, owns in parts:
-        if (value := getattr(layer, attribute, None)) is not None:
-            position = tuple(merged[unit[p]] if p in unit else -1 for p in range(value.shape[dim]))
-            members.append(Member(f"{names[layer]}.{attribute}", dim, position, owns))
+        size = getattr(layer, attribute).shape[dim]
+        position = tuple(merged[unit[p]] if p in unit else -1 for p in range(size))
+        members.append(Member(f"{names[layer]}.{attribute}", dim, position, owns))
     units = 1 + max(merged.values())
     return Group(names[items[0].dep.target.module], units, tuple(dict.fromkeys(members))) if units > 1 else None
+
+
+def _known(model: nn.Module) -> set[str]:
+    """Names of plain parameters and buffers: not those that several layers share, nor parametrised ones."""
+    owners: dict[int, list[str]] = {}
+    for name, value in [*model.named_parameters(remove_duplicate=False), *model.named_buffers()]:
+        owners.setdefault(id(value), []).append(name)
+    return {names[0] for names in owners.values() if len(names) == 1}
 
 
 def _held(layer: nn.Module, out: bool | None) -> dict[str, tuple[int, bool]] | None:
@@ -205,6 +220,8 @@ def _held(layer: nn.Module, out: bool | None) -> dict[str, tuple[int, bool]] | N
         depthwise = groups == getattr(layer, "in_channels", 1) == getattr(layer, "out_channels", 1)
         if out is not None and (groups == 1 or depthwise):
             return {"weight": (0, True), "bias": (0, True)}
+    if isinstance(layer, _NORMS) and layer.weight is None:
+        return None  # without a scale there is nothing that could close its unit
     if isinstance(layer, nn.BatchNorm1d | nn.BatchNorm2d):
         # running moments are cut out with their unit, but no gate scales them
         return {"weight": (0, True), "bias": (0, True), "running_mean": (0, False), "running_var": (0, False)}

@@ -1,7 +1,8 @@
 """Codecs: what travels, as bytes. No pickle."""
 
 from fedprior.codecs.dense import Dense
-from fedprior.codecs.frame import PayloadError, schema_of
+from fedprior.codecs.frame import schema_of
+from fedprior.codecs.reader import PayloadError
 from fedprior.codecs.sparse import Sparse
 
 __all__ = ["Dense", "PayloadError", "Sparse", "schema_of"]

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
-import numpy as np
-
-from fedprior.codecs.frame import VALUE_TYPES, Frame, PayloadError, entries, schema_of, to_numpy, to_tensor
+from fedprior.codecs.frame import Frame, schema_of, to_numpy, to_tensor
+from fedprior.codecs.quantized import Noise, coding, exact
 from fedprior.core import Params, Schema
 
 CODEC = 1
@@ -15,38 +13,40 @@ CODEC = 1
 
 @dataclass(frozen=True)
 class Dense:
-    """Bytes = header + (bytes a value) x (number of values).
+    """Bytes = header + (bytes a value) x (number of values), before the entropy coder.
 
     Attributes:
-        value_type: "float32", or "float64" for runs in double precision.
+        value_type: "float32", or "float64" for runs in double precision; or, for tensors of two dimensions and more,
+            "bfloat16", or "int8", "int4", "int2" with unbiased stochastic rounding (quantized.py).
+        entropy: "none", "zlib" or "zstd" (entropy.py).
+        seed: of the noise of stochastic rounding; no other value type uses it.
     """
 
     value_type: str = "float32"
+    entropy: str = "none"
+    seed: int = 0
 
     def __post_init__(self) -> None:
-        if self.value_type not in VALUE_TYPES:
-            raise ValueError(f"value_type must be one of {', '.join(VALUE_TYPES)}, got {self.value_type!r}")
+        _ = self._frame  # which checks the names
 
     @property
     def _frame(self) -> Frame:
-        return Frame(CODEC, self.value_type)
+        return Frame(CODEC, self.value_type, self.entropy)
 
     def encode(self, message: Params, clients: float) -> bytes:
         """One framed payload."""
-        body = b"".join(to_numpy(value, self._frame.dtype).tobytes() for value in message.values())
+        arrays = [to_numpy(value, exact(self.value_type).dtype) for value in message.values()]
+        noise = Noise(arrays, self.seed)
+        body = b"".join(coding(self.value_type, values.shape).write(values, noise) for values in arrays)
         return self._frame.pack(schema_of(message), clients, body)
 
     def decode(self, payload: bytes, schema: Schema) -> tuple[Params, float]:
         """The message and its weight."""
-        dtype = self._frame.dtype
-        exact = entries(schema) * dtype.itemsize
-        body, clients = self._frame.unpack(payload, schema, exact)
-        if len(body) != exact:
-            raise PayloadError(f"body of {len(body)} bytes, this schema needs {exact}")
-        message, start = {}, 0
+        longest = sum(coding(self.value_type, shape).size(shape) for shape, _ in schema.values())
+        reader, clients = self._frame.unpack(payload, schema, longest)
+        message = {}
         for name, (shape, torch_dtype) in schema.items():
-            size = math.prod(shape)
-            values = np.frombuffer(body, dtype, size, start).reshape(shape)
+            values = coding(self.value_type, shape).read(reader, name, shape)
             message[name] = to_tensor(name, values, torch_dtype)
-            start += size * dtype.itemsize
+        reader.finish()
         return message, clients

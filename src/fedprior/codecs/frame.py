@@ -1,13 +1,14 @@
-"""The frame around every payload, and the one error for anything that is not a valid payload.
+"""The frame around every payload.
 
 offset  size  field                                             all little-endian
 0       4     magic b"FEDP"
 4       1     version
 5       1     codec
-6       2     value type (codes of VALUE_TYPES)
+6       1     value type (codes of VALUE_TYPES)
+7       1     entropy coder of the body (codes of ENTROPIES; 0 for none)
 8       8     schema hash: names, shapes and types of the message
 16      8     count: float64, the weight of the clients that the message stands for
-24      4     length of the body in bytes
+24      4     length of the body in bytes, as it travels
 28      4     CRC-32 of bytes 0-27 and the body
 32      ...   body
 """
@@ -24,6 +25,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fedprior.codecs import entropy
+from fedprior.codecs.reader import PayloadError, Reader
 from fedprior.core import Params, Schema
 
 MAGIC, VERSION = b"FEDP", 1
@@ -31,21 +34,7 @@ _FIELDS = struct.Struct("<4sBBH8sdI")
 _CRC = struct.Struct("<I")
 HEADER_BYTES = _FIELDS.size + _CRC.size
 
-VALUE_TYPES = {"float32": 1, "float64": 2}
-
-
-class PayloadError(ValueError):
-    """A payload that is malformed, torn, meant for another schema, not finite, or too long.
-
-    Attributes:
-        reason: what is wrong with it.
-        client: the name of the client that sent it, once known.
-    """
-
-    def __init__(self, reason: str, client: str | None = None) -> None:
-        super().__init__(reason if client is None else f"client {client!r}: {reason}")
-        self.reason = reason
-        self.client = client
+VALUE_TYPES = {"float32": 1, "float64": 2, "bfloat16": 3, "int8": 4, "int4": 5, "int2": 6}
 
 
 def schema_of(message: Params) -> Schema:
@@ -59,11 +48,6 @@ def schema_hash(schema: Schema) -> bytes:
     return hashlib.blake2b(text.encode(), digest_size=8).digest()
 
 
-def entries(schema: Schema) -> int:
-    """The number of values in a message."""
-    return sum(math.prod(shape) for shape, _ in schema.values())
-
-
 @dataclass(frozen=True)
 class Frame:
     """One codec's frames.
@@ -71,33 +55,40 @@ class Frame:
     Attributes:
         codec: the codec's number on the wire.
         value_type: how values are written: a key of VALUE_TYPES.
+        entropy: how the body is shrunk: a key of ENTROPIES.
     """
 
     codec: int
-    value_type: str
+    value_type: str = "float32"
+    entropy: str = "none"
+
+    def __post_init__(self) -> None:
+        if self.value_type not in VALUE_TYPES:
+            raise ValueError(f"value_type must be one of {', '.join(VALUE_TYPES)}, got {self.value_type!r}")
+        entropy.check(self.entropy)
 
     @property
-    def dtype(self) -> np.dtype:
-        """NumPy's type of the values on the wire."""
-        return np.dtype(self.value_type).newbyteorder("<")
+    def _code(self) -> int:
+        return VALUE_TYPES[self.value_type] | entropy.ENTROPIES[self.entropy] << 8
 
     def pack(self, schema: Schema, clients: float, body: bytes) -> bytes:
         """Header and body."""
-        code = VALUE_TYPES[self.value_type]
-        fields = _FIELDS.pack(MAGIC, VERSION, self.codec, code, schema_hash(schema), clients, len(body))
+        body = entropy.shrink(self.entropy, body)
+        fields = _FIELDS.pack(MAGIC, VERSION, self.codec, self._code, schema_hash(schema), clients, len(body))
         return b"".join([fields, _CRC.pack(zlib.crc32(body, zlib.crc32(fields))), body])
 
-    def unpack(self, payload: bytes, schema: Schema, longest: int) -> tuple[memoryview, float]:
+    def unpack(self, payload: bytes, schema: Schema, longest: int) -> tuple[Reader, float]:
         """The body and the count; `longest` is the most bytes that a body of this schema can have."""
+        most = HEADER_BYTES + entropy.longest_coded(self.entropy, longest)
         if len(payload) < HEADER_BYTES:
             raise PayloadError(f"{len(payload)} bytes, and a header alone has {HEADER_BYTES}")
-        if len(payload) > HEADER_BYTES + longest:
-            raise PayloadError(f"{len(payload)} bytes, at most {HEADER_BYTES + longest} fit this schema")
+        if len(payload) > most:
+            raise PayloadError(f"{len(payload)} bytes, at most {most} fit this schema")
         fields, body = payload[: _FIELDS.size], memoryview(payload)[HEADER_BYTES:]
         magic, version, codec, code, digest, clients, length = _FIELDS.unpack(fields)
         if magic != MAGIC:
             raise PayloadError(f"starts with {magic!r} instead of {MAGIC!r}")
-        expected = (VERSION, self.codec, VALUE_TYPES[self.value_type])
+        expected = (VERSION, self.codec, self._code)
         if (version, codec, code) != expected:
             raise PayloadError(f"(version, codec, value type) is {(version, codec, code)}, expected {expected}")
         if length != len(body):
@@ -108,7 +99,7 @@ class Frame:
             raise PayloadError("made for another schema: names, shapes or types differ")
         if not (math.isfinite(clients) and clients >= 0):
             raise PayloadError(f"count of clients is {clients}")
-        return body, clients
+        return Reader(entropy.expand(self.entropy, body, longest)), clients
 
 
 def to_numpy(value: Tensor, dtype: np.dtype) -> np.ndarray:

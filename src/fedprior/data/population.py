@@ -6,6 +6,7 @@ matrix in CSR form): 8 bytes an example and 8 a client, and no Python object for
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from operator import index as as_int
@@ -70,6 +71,13 @@ class Partition:
         owner = torch.repeat_interleave(torch.arange(len(self)), self.offsets.diff())
         counts = torch.bincount(owner * classes + labels, minlength=len(self) * classes)
         return counts.reshape(len(self), classes)
+
+    def fingerprint(self) -> str:
+        """A digest of who has which examples."""
+        digest = hashlib.sha256(f"{self.holdout} {self.names}".encode())
+        for tensor in (self.index, self.offsets):
+            digest.update(tensor.contiguous().numpy().tobytes())
+        return digest.hexdigest()[:16]
 
     def _held(self, size: int) -> int:
         # a client always keeps an example to train on

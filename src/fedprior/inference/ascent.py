@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 
 import torch
@@ -12,11 +13,19 @@ from fedprior.objective import Objective
 from fedprior.rng import seeded_globals
 
 
-def batches(data: Examples, epochs: int, size: int | None, rng: torch.Generator) -> Iterator[Examples]:
-    """Each epoch in a new order; the last batch of an epoch may be smaller. A size of None is the whole set."""
+def batches(
+    data: Examples, epochs: int, size: int | None, rng: torch.Generator, smallest: int = 1
+) -> Iterator[Examples]:
+    """Each epoch in a new order; the last batch of an epoch may be smaller. A size of None is the whole set.
+
+    A last batch of fewer than `smallest` examples joins the one before.
+    """
     for _ in range(epochs):
         order = torch.randperm(len(data), generator=rng).to(data.x.device)
-        for index in order.split(size or len(data)):
+        parts = list(order.split(size or len(data)))
+        if len(parts) > 1 and len(parts[-1]) < smallest:
+            parts[-2:] = [torch.cat(parts[-2:])]
+        for index in parts:
             yield data.take(index)
 
 
@@ -28,10 +37,11 @@ def ascend(
     size: int | None,
     rng: torch.Generator,
     after_step: Callable[[], None] = lambda: None,
+    smallest: int = 1,
 ) -> None:
     """Maximise `bound(x, y)`, in nats per example, over what the optimisers hold."""
     with seeded_globals(rng, data.x.device):
-        for batch in batches(data, epochs, size, rng):
+        for batch in batches(data, epochs, size, rng, smallest):
             for optimizer in optimizers:
                 optimizer.zero_grad()
             (-bound(batch.x, batch.y)).backward()
@@ -53,8 +63,8 @@ def detached(params: Params) -> Params:
 
 def check_steps(lr: float, epochs: int, batch_size: int | None) -> None:
     """Refuse what cannot be trained with."""
-    if lr <= 0 or epochs < 1 or (batch_size is not None and batch_size < 1):
+    if not 0 < lr < math.inf or epochs < 1 or (batch_size is not None and batch_size < 1):
         raise ValueError(
-            f"need lr > 0, epochs >= 1 and batch_size >= 1 (or None), got lr={lr}, epochs={epochs}, "
+            f"need a finite lr > 0, epochs >= 1 and batch_size >= 1 (or None), got lr={lr}, epochs={epochs}, "
             f"batch_size={batch_size}"
         )

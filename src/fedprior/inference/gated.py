@@ -16,6 +16,7 @@ Louizos et al. 2021, arXiv:2111.10192, section 4; gates: Louizos, Welling, Kingm
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
@@ -51,6 +52,8 @@ class Gated:
 
     def __post_init__(self) -> None:
         check_steps(self.lr, self.epochs, self.batch_size)
+        if not 0 < self.gate_lr < math.inf:
+            raise ValueError(f"need gate_lr > 0, got {self.gate_lr}")
 
     def start(self, prior: Any, eta: Eta) -> posteriors.Gated:
         """The prior's weights and gate probabilities."""
@@ -104,7 +107,8 @@ class Gated:
             torch.optim.Adam(list(log_alpha.values()), lr=self.gate_lr),
         ]
         objective.train()
-        ascend(bound, client.train, optimizers, self.epochs, self.batch_size, rng, clamp)
+        smallest = objective.smallest_batch
+        ascend(bound, client.train, optimizers, self.epochs, self.batch_size, rng, clamp, smallest)
         pi = detached(tree.map(keep_probability, log_alpha))
         gate = tree.map(lambda u, k: (u < k).to(k), noise(), pi) if self.draw else pi
         return posteriors.Gated(detached(phi), pi, gate)

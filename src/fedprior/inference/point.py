@@ -65,5 +65,6 @@ class Point:
 
         make = self.optimizer or (lambda p: torch.optim.SGD(p, lr=self.lr, momentum=self.momentum))
         objective.train()
-        ascend(bound, client.train, [make(trained)], self.epochs, self.batch_size, rng)
+        smallest = objective.smallest_batch
+        ascend(bound, client.train, [make(trained)], self.epochs, self.batch_size, rng, smallest=smallest)
         return posteriors.Point(detached(phi)), state

@@ -69,10 +69,8 @@ class SpikeSlab:
                 "SpikeSlab needs 0 < clamp <= threshold < keep < 1 and clamp < 0.5, "
                 f"got clamp={self.clamp}, threshold={self.threshold}, keep={self.keep}"
             )
-        if not (math.isfinite(self.lambda_0) and 0 <= self.precision < math.inf):
-            raise ValueError(
-                f"lambda_0 must be finite and precision >= 0, got lambda_0={self.lambda_0}, precision={self.precision}"
-            )
+        if not (0 <= self.lambda_0 < math.inf and 0 <= self.precision < math.inf):
+            raise ValueError(f"need finite lambda_0 >= 0 and precision >= 0, got {self.lambda_0} and {self.precision}")
 
     @classmethod
     def from_precisions(cls, precision: float, spike_precision: float, **fields: Any) -> SpikeSlab:
@@ -143,7 +141,8 @@ class SpikeSlab:
         def prune(theta: Tensor, last: Tensor) -> Tensor:
             theta = torch.where(last > 0, theta, -torch.inf)
             alive = theta >= self.threshold
-            alive = alive | (~alive.any() & (theta == theta.max()))
+            if not alive.any():
+                alive[theta.argmax()] = True
             return torch.where(alive, theta.clamp(self.threshold, 1 - self.clamp), torch.zeros_like(theta))
 
         keep = tree.map(prune, eta.keep, eta.keep if before is None else before.keep)
@@ -153,7 +152,3 @@ class SpikeSlab:
         """The slim model and its parameters: what `point` computes, without the removed units."""
         cut = Cut.of(self.groups, eta.keep)
         return objective.cut(cut), cut.gather(self.point(eta))
-
-    def parameters_left(self, eta: Eta) -> int:
-        """Parameters that neither belong to a removed unit nor read one."""
-        return structure.count_alive(structure.alive(self.groups, eta.keep, eta.mean), eta.mean)
