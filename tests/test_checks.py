@@ -259,3 +259,20 @@ def test_a_sublist_of_clients_keeps_its_states() -> None:
     algorithm = fp.Algorithm(priors.Gaussian(), Counting(inference.Point(1e-9)))
     moved = [fp.run(algorithm, MODEL, population, rounds=4).params["1.bias"] for population in (CLIENTS, clients)]
     assert torch.allclose(*moved, atol=1e-7)
+
+
+def test_states_in_memory_do_not_pile_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One version a client, however many rounds."""
+    from fedprior.store import MemoryStore
+    from stateful import Counting
+
+    stores = []
+
+    class Watched(MemoryStore):
+        def __init__(self) -> None:
+            super().__init__()
+            stores.append(self)
+
+    monkeypatch.setitem(fp.run.__globals__, "MemoryStore", Watched)
+    fp.run(**arguments(algorithm=fp.Algorithm(priors.Gaussian(), Counting(inference.Point(0.1))), rounds=5))
+    assert [len(versions) for versions in stores[-1]._states.values()] == [1, 1, 1]

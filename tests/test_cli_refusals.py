@@ -7,7 +7,7 @@ import pytest
 from typer.testing import CliRunner
 
 from cli_calls import SMALL, TINY, call, refused
-from fedprior import compare
+from fedprior import cli, compare
 from fedprior.cli import app
 
 
@@ -127,3 +127,27 @@ def test_a_bug_keeps_its_traceback_and_ctrl_c_has_none(monkeypatch, toml, tmp_pa
     else:
         assert result.exit_code == 1 and isinstance(result.exception, ValueError)
         assert "unpack" in str(result.exception)
+
+
+@pytest.mark.parametrize("arguments", [["--bogus"], ["compare", "digits", "--rounds", "abc"], ["compare"], ["nothing"]])
+def test_what_cannot_be_read_is_one_line(arguments, monkeypatch, capsys):
+    monkeypatch.setattr("sys.argv", ["fedprior", *arguments])
+    with pytest.raises(SystemExit) as end:
+        cli.main()
+    out, err = capsys.readouterr()
+    assert end.value.code == 2 and not out
+    assert err.startswith("fedprior: ") and err.count("\n") == 1
+
+
+def test_a_comparison_that_learnt_nothing_says_so(tmp_path):
+    size = ["--rounds", "2", "--clients", "4", "--cohort", "2", "--deadline-seconds", "1e-9"]
+    result = call("compare", "digits", "--algorithms", "fedavg", *size, "--out", str(tmp_path / "late"))
+    assert "fedprior: fedavg: in 2 of 2 rounds the model was not updated (clients: 4 late)" in result.stderr
+
+
+def test_classes_that_are_identifiers_are_refused(tmp_path):
+    path = tmp_path / "ids.csv"
+    path.write_text("a,owner,label\n" + "".join(f"{i},{i % 3},{10**15 * (i % 3)}\n" for i in range(30)))
+    columns = ["--target", "label", "--client", "owner", "--cohort", "2"]
+    line = refused("compare", str(path), *columns, "--out", str(tmp_path / "ids"))
+    assert "3 classes with numbers up to 2000000000000000" in line

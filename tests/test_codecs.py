@@ -193,3 +193,12 @@ def test_the_header_is_as_documented() -> None:
         assert struct.unpack_from("<H", payload, 6)[0] == 1 + list(DTYPES).index(case.codec.value_type)
         assert struct.unpack_from("<d", payload, 16)[0] == 17.5
         assert struct.unpack_from("<I", payload, 24)[0] == len(payload) - 32
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_short_floats_travel(dtype: torch.dtype) -> None:
+    """Exactly: both are subsets of float32."""
+    message = {"x": torch.linspace(-3, 3, 12, dtype=torch.float64).to(dtype).reshape(3, 4)}
+    for codec in (Dense(), Sparse()):
+        decoded, _ = codec.decode(codec.encode(message, 1), schema_of(message))
+        assert decoded["x"].dtype == dtype and torch.equal(decoded["x"], message["x"])

@@ -35,8 +35,14 @@ app = typer.Typer(
 
 
 def main() -> None:
-    """The entry point."""
-    app(prog_name="fedprior")
+    """The entry point; an option that cannot be read is one line and exit code 2, as any other refusal."""
+    usage_error: Any = typer.BadParameter.__base__
+    try:
+        code = app(prog_name="fedprior", standalone_mode=False)
+    except usage_error as error:
+        typer.echo(f"fedprior: {' '.join(error.format_message().split())}; see fedprior --help", err=True)
+        code = 2
+    sys.exit(code or 0)
 
 
 def _show_version(value: bool) -> None:

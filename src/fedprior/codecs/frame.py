@@ -105,7 +105,9 @@ class Frame:
 def to_numpy(value: Tensor, dtype: np.dtype) -> np.ndarray:
     """A tensor's values in wire type; overflow becomes infinite and is refused by the receiver."""
     with np.errstate(over="ignore"):
-        return value.detach().cpu().numpy().astype(dtype, copy=False)
+        value = value.detach().cpu()
+        wide = value.float() if value.dtype == torch.bfloat16 else value  # NumPy has no bfloat16
+        return wide.numpy().astype(dtype, copy=False)
 
 
 def to_tensor(name: str, values: np.ndarray, dtype: torch.dtype) -> Tensor:
