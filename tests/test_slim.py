@@ -21,7 +21,30 @@ def depthwise_net() -> nn.Module:
     return nn.Sequential(*layers, nn.Conv2d(6, 4, 1), nn.ReLU(), nn.Flatten(), nn.Linear(4 * 16, 3))
 
 
+def grouped_net() -> nn.Module:
+    """A grouped convolution, which stays whole with what it reads, and a hidden layer, which does not."""
+    layers = [nn.Conv2d(1, 4, 3), nn.ReLU(), nn.Conv2d(4, 8, 3, groups=2), nn.ReLU(), nn.Flatten()]
+    return nn.Sequential(*layers, nn.Linear(8 * 16, 6), nn.ReLU(), nn.Linear(6, 3))
+
+
+class FixedHeads(fp.models.Attention):
+    """Attention whose forward asks for the number of heads."""
+
+    def __init__(self, width: int, heads: int) -> None:
+        super().__init__(width, heads)
+        self.num_heads = heads
+
+    def forward(self, x: Tensor) -> Tensor:
+        n, t, _ = x.shape
+        parts = (f(x).view(n, t, self.num_heads, self.head_dim) for f in (self.query, self.key, self.value))
+        q, k, v = (part.transpose(1, 2) for part in parts)
+        mixed = nn.functional.scaled_dot_product_attention(q, k, v).transpose(1, 2)
+        return self.out(mixed.reshape(n, t, self.num_heads * self.head_dim)).mean(1)
+
+
 MODELS = {
+    "grouped": (grouped_net, (1, 8, 8)),
+    "fixed heads": (lambda: FixedHeads(12, 6), (5, 12)),
     "conv": (conv_net, (1, 8, 8)),
     "lenet": (lambda: fp.models.lenet((6, 8), 20), (1, 28, 28)),
     "mlp": (lambda: fp.models.mlp(12, (7, 6), 3), (12,)),

@@ -10,7 +10,6 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from copy import deepcopy
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -159,7 +158,7 @@ def execute(experiment: Experiment, folder: Path, resume: bool = False, progress
     write_atomically(folder / TOML, configs.to_toml(config).encode())
     result = run(
         config.make_algorithm(),
-        deepcopy(experiment.model),  # run moves it to the device
+        experiment.model,
         experiment.clients,
         rounds=config.run.rounds,
         cohort=config.run.cohort,

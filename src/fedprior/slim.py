@@ -115,8 +115,11 @@ def slim(model: nn.Module, cut: Cut) -> nn.Module:
             before = layer._parameters[attribute]
             value = nn.Parameter(value, requires_grad=before is not None and before.requires_grad)
         setattr(layer, attribute, value)
-    for layer in small.modules():
-        _resize(layer)
+    owners = dict.fromkeys(name.rpartition(".")[0] for name in cut.touched)
+    for owner in owners:
+        _resize(small.get_submodule(owner))
+    for parent in dict.fromkeys(owner.rpartition(".")[0] for owner in owners):
+        _recount_heads(small.get_submodule(parent))
     return small
 
 
@@ -133,6 +136,10 @@ def _resize(layer: nn.Module) -> None:
     elif isinstance(layer, nn.GroupNorm) and layer.weight is not None:
         layer.num_groups = layer.num_groups * len(layer.weight) // layer.num_channels
         layer.num_channels = len(layer.weight)
-    elif isinstance(size := getattr(layer, "head_dim", None), int) and hasattr(layer, "num_heads"):
-        rows = min(child.out_features for child in layer.children() if isinstance(child, nn.Linear))
-        vars(layer)["num_heads"] = rows // size
+
+
+def _recount_heads(parent: nn.Module) -> None:
+    """`num_heads` of an attention module, if it keeps one."""
+    if isinstance(size := getattr(parent, "head_dim", None), int) and hasattr(parent, "num_heads"):
+        rows = min(child.out_features for child in parent.children() if isinstance(child, nn.Linear))
+        vars(parent)["num_heads"] = rows // size
