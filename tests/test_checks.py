@@ -42,6 +42,7 @@ def arguments(**changes) -> dict:
         ({"test": replace(TEST, y=TEST.y + 3)}, ValueError, "run from .* to .*, and the model has 3 outputs"),
         ({"test": replace(TEST, y=TEST.y - 100)}, ValueError, "run from -100"),
         ({"test": replace(TEST, y=torch.eye(3)[TEST.y])}, ValueError, "class indices"),
+        ({"device": "nowhere"}, ValueError, "device 'nowhere' cannot be used here"),
         ({"rounds": 2.5}, ValueError, "whole number"),
         ({"seed": None}, ValueError, "seed must be"),
         ({"resume": True}, ValueError, "needs out="),

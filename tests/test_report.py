@@ -13,6 +13,7 @@ from fedprior.cli import app
 from fedprior.compare import build, compare
 from fedprior.config import Call
 from fedprior.records import ClientRecord, Round
+from fedprior.report import tracks
 
 SECTIONS = {
     "run": {"rounds": 3, "cohort": 3},
@@ -116,3 +117,12 @@ def test_damaged_records_are_one_line(folder, tmp_path):
     (tmp_path / "one" / "results.json").write_text("{")
     result = CliRunner().invoke(app, ["report", str(tmp_path / "one")])
     assert result.exit_code == 2 and result.stderr.count("\n") == 1 and "results.json" in result.stderr
+
+
+def test_megabytes_are_those_of_both_directions_so_far(folder):
+    for track in tracks.read(folder):
+        _, _, megabytes = track.evaluated("accuracy")
+        ends = [i for i, r in enumerate(track.rounds, 1) if r.metrics]
+        assert megabytes == pytest.approx(
+            [sum(r.bytes_up + r.bytes_down for r in track.rounds[:end]) / 1e6 for end in ends]
+        )

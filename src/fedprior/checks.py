@@ -35,6 +35,14 @@ def check_types(algorithm: Any, model: Any, clients: Any, availability: Any, tes
         )
 
 
+def check_device(device: str) -> None:
+    """A device that PyTorch can put a tensor on."""
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"device {device!r} cannot be used here: {error}") from error
+
+
 def check_sizes(clients: Any, seed: Any, cohort: Any, positive: Mapping[str, Any]) -> None:
     """Whole numbers that can be."""
     if len(clients) == 0:

@@ -20,6 +20,7 @@ from torch import nn
 
 from fedprior import config as configs
 from fedprior import data
+from fedprior.checks import check_device
 from fedprior.config import TABLES, Config, DataConfig
 from fedprior.core import Examples, Population
 from fedprior.data.shakespeare import VOCABULARY
@@ -59,7 +60,7 @@ class Experiment:
 
 def build(config: Config) -> Experiment:
     """Load, partition, initialise; a ValueError for sizes that do not fit together."""
-    _check_device(config.run.device)
+    check_device(config.run.device)
     train, test = _load(config.data, config.run.seed)
     scheme = config.data.partition
     if scheme == "auto":
@@ -102,13 +103,6 @@ def _outputs(train: Examples, test: Examples) -> int:
             "or write them as text"
         )
     return outputs
-
-
-def _check_device(device: str) -> None:
-    try:
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise ValueError(f"device {device!r} cannot be used here: {error}") from error
 
 
 def _load(source: DataConfig, seed: int) -> tuple[Examples, Examples]:

@@ -77,6 +77,7 @@ def run(
     counts = {"rounds": rounds, "checkpoint_every": checkpoint_every, "evaluate_every": evaluate_every}
     checks.check_sizes(clients, seed, cohort, counts)
     checks.check_clients(clients)
+    checks.check_device(device)
     objective = Objective(model, loss, device)
     checks.check_fit(objective, clients, test, device)
     loop = _Loop.build(algorithm, objective, clients, engine or Sequential(), availability, seed, cohort, device)
