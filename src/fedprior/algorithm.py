@@ -103,10 +103,5 @@ class Algorithm:
         deploy = getattr(self.prior, "deploy", None)
         return deploy(eta, objective) if deploy else (objective, self.prior.point(eta))
 
-    def parameters_left(self, eta: Eta, objective: Objective) -> int:
-        """Parameters of the deployed model; buffers do not count."""
-        smaller, params = self.deploy(eta, objective)
-        return sum(value.numel() for name, value in params.items() if name not in smaller.buffers)
-
 
 _PARTS = {"prior": Prior, "inference": Inference, "server": ServerStep, "codec": Codec}

@@ -20,7 +20,8 @@ from torch import nn
 
 from fedprior import config as configs
 from fedprior import data
-from fedprior.checks import check_device
+from fedprior.checkpoint import INDEX
+from fedprior.checks import check_device, check_sizes
 from fedprior.config import TABLES, Config, DataConfig
 from fedprior.core import Examples, Population
 from fedprior.data.shakespeare import VOCABULARY
@@ -30,7 +31,6 @@ from fedprior.records import read, write_atomically
 from fedprior.result import Result
 from fedprior.rng import generator
 from fedprior.run import RECORDS, run
-from fedprior.tree import size
 
 TOML, RESULTS, CLIENTS, MODEL = "run.toml", "results.json", "clients.json", "model.safetensors"
 KEYS = ("algorithm", "accuracy", "nats", "bytes_up", "bytes_down", "parameters", "parameters_left", "seconds", "rounds")
@@ -66,8 +66,7 @@ def build(config: Config) -> Experiment:
     if scheme == "auto":
         scheme = "dirichlet" if train.keys is None else "by_key"
     clients = _partition(replace(config.data, partition=scheme), train, config.run.seed)
-    if config.run.cohort > len(clients):
-        raise ValueError(f"cohort must be between 1 and the {len(clients)} clients, got {config.run.cohort}")
+    check_sizes(clients, config.run.seed, config.run.cohort, {})
     outputs = len(VOCABULARY) if config.data.name == "shakespeare" else _outputs(train, test)
     model = configs.resolve(config.model, config.data.name, train.x, outputs, config.run.seed)
     dealt = replace(config.data, partition=scheme, clients=len(clients))
@@ -136,7 +135,7 @@ def _partition(source: DataConfig, train: Examples, seed: int) -> Population:
 
 def holds_run(folder: Path) -> bool:
     """Is there a run in the folder, finished or not?"""
-    return (folder / RECORDS).exists() or (folder / "checkpoint.json").exists()
+    return (folder / RECORDS).exists() or (folder / INDEX).exists()
 
 
 def holds_comparison(folder: Path) -> bool:
@@ -199,6 +198,7 @@ def row_of_records(folder: Path) -> Row:
     """The row of a run, finished or not, from its records and its run.toml."""
     rounds, toml = read(folder / RECORDS), folder / TOML
     config = configs.read(toml) if toml.exists() else None
+    objective = Objective(config.make_model()) if config else None
     metrics = next((r.metrics for r in reversed(rounds) if r.metrics), {})
     return as_row(
         {
@@ -206,7 +206,7 @@ def row_of_records(folder: Path) -> Row:
             "algorithm": config.algorithm.name if config else folder.absolute().name,
             "bytes_up": sum(r.bytes_up for r in rounds),
             "bytes_down": sum(r.bytes_down for r in rounds),
-            "parameters": size(Objective(config.make_model()).params()) if config else None,
+            "parameters": objective.count(objective.params()) if objective else None,
             "parameters_left": rounds[-1].parameters_left if rounds else None,
             "seconds": sum(r.seconds + r.seconds_evaluate for r in rounds),
             "rounds": len(rounds),

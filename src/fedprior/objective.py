@@ -117,6 +117,10 @@ class Objective:
         named = [*self.model.named_parameters(), *self.model.named_buffers()]
         return {name: value.detach().clone() for name, value in named if value.is_floating_point()}
 
+    def count(self, params: Params) -> int:
+        """Entries of the model's parameters in `params`; buffers do not count."""
+        return sum(value.numel() for name, value in params.items() if name not in self.buffers)
+
     def train(self, mode: bool = True) -> None:
         """Switch layers such as dropout and batch norm, and set integer counters of batches back."""
         self.model.train(mode)

@@ -70,12 +70,13 @@ class Result:
     @property
     def parameters(self) -> int:
         """Entries of the model's parameters; buffers do not count."""
-        return sum(value.numel() for name, value in self.params.items() if name not in self.objective.buffers)
+        return self.objective.count(self.params)
 
     @property
     def parameters_left(self) -> int:
         """Those of `model()`."""
-        return self.algorithm.parameters_left(self.eta, self.objective)
+        objective, params = self._deployed()
+        return objective.count(params)
 
     @property
     def seconds(self) -> float:

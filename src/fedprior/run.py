@@ -198,14 +198,13 @@ class _Loop:
         eta, server, kept = self._m_step(state, total)
         seconds = time.perf_counter() - started
         started = time.perf_counter()
-        metrics: dict[str, float] = {}
-        if test is not None:
-            metrics = evaluate(*self.algorithm.deploy(eta, self.objective), test).means()
+        deployed, params = self.algorithm.deploy(eta, self.objective)
+        metrics = {} if test is None else evaluate(deployed, params, test).means()
         record = Round(
             number=number,
             bytes_down=sum(c.bytes_down for c in work.records),
             bytes_up=sum(c.bytes_up for c in work.records),
-            parameters_left=self.algorithm.parameters_left(eta, self.objective),
+            parameters_left=deployed.count(params),
             seconds=seconds,
             seconds_evaluate=time.perf_counter() - started,
             metrics=metrics,
