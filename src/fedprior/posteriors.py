@@ -46,3 +46,20 @@ class Gated:
     def mean(self) -> Params:
         """The weights given open gates (the mode of q)."""
         return self.phi
+
+
+@dataclass(frozen=True)
+class Gains:
+    """A point in the weights, and what each unit is worth to the client.
+
+    Attributes:
+        phi: the weights, shapes as the parameters.
+        gain: group -> (units,) nats of log-likelihood that closing the unit would cost.
+    """
+
+    phi: Params
+    gain: Params
+
+    def mean(self) -> Params:
+        """The weights."""
+        return self.phi

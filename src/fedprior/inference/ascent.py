@@ -38,13 +38,18 @@ def ascend(
     rng: torch.Generator,
     after_step: Callable[[], None] = lambda: None,
     smallest: int = 1,
+    before_step: Callable[[], None] = lambda: None,
 ) -> None:
-    """Maximise `bound(x, y)`, in nats per example, over what the optimisers hold."""
+    """Maximise `bound(x, y)`, in nats per example, over what the optimisers hold.
+
+    `before_step` sees the gradients (of minus the bound) and the values they belong to.
+    """
     with seeded_globals(rng, data.x.device):
         for batch in batches(data, epochs, size, rng, smallest):
             for optimizer in optimizers:
                 optimizer.zero_grad()
             (-bound(batch.x, batch.y)).backward()
+            before_step()
             for optimizer in optimizers:
                 optimizer.step()
             after_step()

@@ -1,0 +1,112 @@
+r"""Hard EM in the weights, and what each unit is worth: the evidence for its gate.
+
+    phi by SGD on  (1/N_s) sum_i log p(y_i | f(x_i; phi)) + (1/N_s) log_prob(eta, T), all gates of what is left open
+    gain_g = log p(D_s | z_g = 1) - log p(D_s | z_g = 0)
+           ≈ l'(1) - l''(1)/2                            l(z) = log p(D_s | phi with the entries of g times z)
+           ≈ (N_s B / 2) mean_b (dL_b/dz_g)^2            L_b = mean log-likelihood of mini-batch b, of B examples
+
+The second line is l(0) to second order; the third drops l', which is zero where phi is at its optimum, and takes
+Fisher's information for -l'': the variance of the batches' gradients times B estimates that of one example's. The
+gradient costs nothing more, dL/dz_g = sum_{j of g} phi_j dL/dphi_j, and no gate is sampled: no noise.
+Removed units are cut out first (slim.py): the client trains a model of the size of what is left.
+
+    paper    code      shape
+    gain     q.gain    group -> (units,), nats over the client's data set; 0 for removed units
+
+LeCun, Denker, Solla 1989 (optimal brain damage); Theis et al. 2018, arXiv:1801.05787, section 2 (Fisher pruning).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fedprior import posteriors
+from fedprior.core import Client, Eta, Params
+from fedprior.inference.ascent import ascend, check_steps, detached, leaves
+from fedprior.objective import Objective
+from fedprior.structure import Group
+
+
+@dataclass(frozen=True)
+class Gains:
+    """SGD on what is left of the model.
+
+    Attributes:
+        lr: learning rate, for a loss in nats per example.
+        epochs: passes over the client's examples.
+        batch_size: examples a step; None for all of them.
+    """
+
+    lr: float
+    epochs: int = 1
+    batch_size: int | None = 20
+
+    def __post_init__(self) -> None:
+        check_steps(self.lr, self.epochs, self.batch_size)
+
+    def start(self, prior: Any, eta: Eta) -> posteriors.Gains:
+        """The prior's weights; nothing is known of the units."""
+        if not hasattr(prior, "cut"):
+            raise TypeError(
+                f"inference.Gains needs a prior with gates that clients share, and {type(prior).__name__} has none. "
+                "Use the prior SharedGates(density=...), or inference.Point(lr=...)."
+            )
+        return posteriors.Gains(eta.mean, {g: torch.zeros_like(z) for g, z in eta.keep.items()})
+
+    def e_step(
+        self, objective: Objective, prior: Any, eta: Eta, client: Client, state: Params | None, rng: torch.Generator
+    ) -> tuple[Any, Params | None]:
+        """A few epochs on what is left of the model; no personal state."""
+        cut = prior.cut(eta)
+        small_eta = eta._replace(mean=cut.gather(eta.mean), keep=cut.units(eta.keep))
+        small_prior = replace(prior, groups=cut.small_groups)
+        q = self._train(objective.cut(cut), small_prior, small_eta, client, rng)
+        return posteriors.Gains(cut.scatter(q.phi, eta.mean), cut.all_units(q.gain)), state
+
+    def _train(
+        self, objective: Objective, prior: Any, eta: Eta, client: Client, rng: torch.Generator
+    ) -> posteriors.Gains:
+        phi, trained = leaves(objective, eta.mean)
+        examples, size = len(client.train), self.batch_size or len(client.train)
+        nothing = {g: torch.zeros_like(z) for g, z in eta.keep.items()}
+        slopes: list[Params] = []
+
+        def bound(x: Tensor, y: Tensor) -> Tensor:
+            prior_term = prior.log_prob(eta, prior.stats(posteriors.Gains(phi, nothing)))
+            return objective.log_lik(phi, x, y) + prior_term / examples
+
+        def watch() -> None:
+            slopes.append(_slopes(prior.groups, phi))
+
+        objective.train()
+        ascend(
+            bound,
+            client.train,
+            [torch.optim.SGD(trained, lr=self.lr)],
+            self.epochs,
+            self.batch_size,
+            rng,
+            smallest=objective.smallest_batch,
+            before_step=watch,
+        )
+        half = 0.5 * examples * size
+        gain = {g: half * torch.stack([s[g] for s in slopes]).square().mean(0) for g in nothing}
+        return posteriors.Gains(detached(phi), gain)
+
+
+@torch.no_grad()
+def _slopes(groups: tuple[Group, ...], phi: Params) -> Params:
+    """dL/dz_g = sum of phi_j dL/dphi_j over what g owns, up to the sign, group -> (units,)."""
+    slopes: Params = {}
+    for group in groups:
+        for m in (m for m in group.members if m.out):
+            grad = phi[m.name].grad
+            if grad is not None:
+                along = (phi[m.name] * grad).flatten(1).sum(1) if grad.ndim > 1 else phi[m.name] * grad
+                part = m.per_unit(along, group.units)
+                slopes[group.name] = slopes[group.name] + part if group.name in slopes else part
+    return slopes

@@ -1,0 +1,156 @@
+r"""Spike and slab with gates that all clients share: FedSparse for an asked density.
+
+    z_g in {0, 1}                                      one gate per unit g, the same for all clients
+    phi_sj | z_g = 1 ~ N(w_j, 1/precision),  phi_sj | z_g = 0 = 0          for each j that g owns
+    log p(z) = - lambda_0 sum_g z_g |g|                |g| live parameters that go with the unit, lambda_0 nats each
+
+It is the spike and slab of spike_slab.py once the clients agree, theta_g in {0, 1}. The M-step in z weighs evidence:
+
+    gain_sg = log p(D_s | z_g = 1) - log p(D_s | z_g = 0)      nats, from the E-step (inference/gains.py)
+    z = argmax sum_g z_g (e_g - lambda_0 |g|),    e = running mean over rounds and clients of gain_s
+
+with lambda_0 the dual variable of  live(z) <= allowed: the price at which what is left is what is allowed
+(selection.py). `allowed` falls by a constant factor each round, from `start` to `density` in `steps` rounds; a unit
+once removed stays removed. Gaussian M-step in w, T = (phi, gain).
+
+    paper      code        shape                             paper      code          shape
+    w          eta.mean    as the parameters                 e          eta.gain      group -> (units,), nats
+    z          eta.keep    group -> (units,), 0 or 1         lambda_0   eta.price     {"lambda_0": scalar}, nats
+
+Louizos et al. 2021, arXiv:2111.10192, section 4 (the prior); Cappé, Moulines 2009, arXiv:0712.4273 (the running mean);
+Gallego-Posada et al. 2022, arXiv:2208.04425 (a constraint instead of a penalty).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from fedprior import selection, structure, tree
+from fedprior.core import Params, Stats
+from fedprior.objective import Objective
+from fedprior.slim import Cut
+from fedprior.structure import Group
+
+
+@dataclass(frozen=True)
+class SharedGates:
+    """Gates that the server decides by evidence, as many as a density allows.
+
+    Attributes:
+        density: which fraction of the model's parameters is left in the end.
+        start: which fraction there is in round one: the same share of every group's units.
+        steps: how many rounds the way from start to density takes.
+        precision: pull of the clients' weights towards the server's; 0 is flat.
+        memory: of the running mean of gains; 0 trusts the last round alone.
+        groups: the model's units; empty until `bind` finds them.
+        counted: names of the model's parameters, which density counts; empty until `bind`.
+    """
+
+    density: float
+    start: float = 1.0
+    steps: int = 25
+    precision: float = 0.0
+    memory: float = 0.5
+    groups: tuple[Group, ...] = ()
+    counted: tuple[str, ...] = ()
+    uplink = ("phi", "gain")
+
+    class Eta(NamedTuple):
+        """Shared weights (0 where removed), gates, running gains, and the price of a parameter."""
+
+        mean: Params
+        keep: Params
+        gain: Params
+        price: Params
+
+    def __post_init__(self) -> None:
+        if not 0 < self.density <= self.start <= 1:
+            raise ValueError(
+                f"SharedGates needs 0 < density <= start <= 1, got density={self.density} and start={self.start}"
+            )
+        if self.steps < 1 or not 0 <= self.memory < 1 or not 0 <= self.precision < float("inf"):
+            raise ValueError(
+                "SharedGates needs steps >= 1, 0 <= memory < 1 and a finite precision >= 0, "
+                f"got {self.steps}, {self.memory} and {self.precision}"
+            )
+
+    def bind(self, model: nn.Module, x: Tensor) -> SharedGates:
+        """The same prior with the groups of a model."""
+        if self.groups:
+            return self
+        counted = tuple(name for name, _ in model.named_parameters())
+        return replace(self, groups=structure.groups(model, x), counted=counted)
+
+    def init(self, params: Params) -> Eta:
+        """The narrow start."""
+        total = sum(params[name].numel() for name in self.counted)
+        keep = selection.narrow(self.groups, params, self.start * total, self.counted)
+        price = {"lambda_0": next(iter(params.values())).new_zeros(())}
+        return self.Eta(self._left(keep, params), keep, tree.map(torch.zeros_like, keep), price)
+
+    def _left(self, keep: Params, params: Params) -> Params:
+        """The weights without those of removed units."""
+        return structure.apply(structure.alive(self.groups, keep, params), params)
+
+    def stats(self, q: Any) -> Stats:
+        """phi, its square, and the gains."""
+        if not hasattr(q, "gain"):
+            raise TypeError(
+                f"SharedGates needs a posterior with gains, and {type(q).__name__} has none. "
+                "Use inference.Gains(lr=..., epochs=...)."
+            )
+        return Stats({"phi": q.phi, "gain": q.gain, "phi_sq": tree.map(torch.square, q.phi)})
+
+    def log_prob(self, eta: Eta, t: Stats) -> Tensor:
+        """-(precision/2) |phi - w|^2 summed over clients; z is the server's alone."""
+        if self.precision == 0:
+            return torch.zeros(())
+
+        def square(w: Tensor, phi: Tensor, phi_sq: Tensor) -> Tensor:
+            return phi_sq - 2 * w * phi + t.clients * w**2
+
+        return -0.5 * self.precision * tree.total(tree.map(square, eta.mean, t["phi"], t["phi_sq"]))
+
+    def m_step(self, eta: Eta, t: Stats) -> Eta:
+        """Means over clients; `project` decides on the gates."""
+        phi, gain = (tree.map(lambda v: v / t.clients, t[term]) for term in self.uplink)
+        return eta._replace(mean=phi, gain=gain)
+
+    def point(self, eta: Eta) -> Params:
+        """The shared weights."""
+        return eta.mean
+
+    def cut(self, eta: Eta) -> Cut:
+        """What is left of the model."""
+        return Cut.of(self.groups, eta.keep)
+
+    def project(self, eta: Eta, before: Eta) -> Eta:
+        """Remember the gains, and remove the units that are not worth the price.
+
+        Args:
+            eta: after the server's step.
+            before: the eta of the round before: what it had removed stays removed, whatever clients say.
+        """
+        m, keep, price = self.memory, before.keep, before.price
+        gain = tree.map(lambda new, old, z: (m * old + (1 - m) * new) * z, eta.gain, before.gain, keep)
+        if any(bool(g.any()) for g in gain.values()):
+            allowed = self._allowed(before)
+            keep, ratio = selection.select(self.groups, keep, gain, eta.mean, allowed, self.counted)
+            price = {"lambda_0": torch.full_like(price["lambda_0"], ratio)}
+        return self.Eta(self._left(keep, eta.mean), keep, tree.map(torch.mul, gain, keep), price)
+
+    def _allowed(self, eta: Eta) -> float:
+        """How many parameters the next round may have, given those of this one."""
+        shapes = {name: eta.mean[name].shape for name in self.counted}
+        left = selection.Live(self.groups, eta.keep, shapes).total()
+        total = sum(shape.numel() for shape in shapes.values())
+        return max(self.density * total, left * (self.density / self.start) ** (1 / self.steps))
+
+    def deploy(self, eta: Eta, objective: Objective) -> tuple[Objective, Params]:
+        """The slim model and its parameters."""
+        cut = self.cut(eta)
+        return objective.cut(cut), cut.gather(eta.mean)

@@ -1,0 +1,151 @@
+r"""Which units to keep: as much gain as a number of parameters can buy.
+
+    maximise  sum_g z_g gain_g    subject to  live(z) <= allowed,    z_g in {0, 1}
+    live(z) = sum over parameters of prod_d n_d,    n_d = positions of dimension d that are left
+    greedy: while live > allowed, close the unit with the least  gain_g / (live(z) - live(z without g))
+
+The ratio of the last unit that was closed is the price of a parameter: the dual variable of the constraint, lambda_0.
+Greedy, by ratio, is optimal for the relaxation in which a part of a unit can be kept (Dantzig 1957), as long as the
+sizes do not depend on each other. Every group keeps its best unit.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection, Mapping, Sequence
+
+import numpy as np
+import torch
+
+from fedprior.core import Params
+from fedprior.structure import Group
+
+Key = tuple[str, int]
+
+
+class Live:
+    """How many entries of the parameters are left, and how many go with each unit.
+
+    Args:
+        groups: the model's units.
+        keep: group -> (units,); 0 for units that are closed already.
+        shapes: parameter -> shape; only these parameters count.
+    """
+
+    def __init__(self, groups: Sequence[Group], keep: Params, shapes: Mapping[str, Sequence[int]]) -> None:
+        self._shapes = shapes
+        self.open = {g.name: keep[g.name].cpu().numpy() > 0 for g in groups}
+        left: dict[Key, np.ndarray] = {}
+        for group in groups:
+            for m in group.members:
+                on = np.append(self.open[group.name], True)[list(m.unit)]
+                left[m.name, m.dim] = on & left.get((m.name, m.dim), True)
+        self._left = {key: int(on.sum()) for key, on in left.items()}
+        self._held: dict[str, dict[Key, np.ndarray]] = {g.name: {} for g in groups}
+        for group in groups:
+            held = self._held[group.name]
+            for m in group.members:
+                held[m.name, m.dim] = np.bincount(
+                    np.array(m.unit)[left[m.name, m.dim]] + 1, minlength=group.units + 1
+                )[1:]
+
+    def total(self) -> int:
+        """Entries that are left."""
+        return sum(int(self._entries(name, {})) for name in self._shapes)
+
+    def _entries(self, name: str, less: Mapping[Key, np.ndarray]) -> np.ndarray:
+        """Entries of one parameter when every dimension has lost `less` positions."""
+        counts = [
+            self._left.get((name, d), size) - less.get((name, d), 0)
+            for d, size in enumerate(self._shapes[name])
+        ]
+        return np.asarray(math.prod(counts))
+
+    def costs(self, group: str) -> np.ndarray:
+        """Entries that go with each unit of a group, (units,)."""
+        held = self._held[group]
+        names = {name for name, _ in held if name in self._shapes}
+        return sum((self._entries(n, {}) - self._entries(n, held) for n in names), np.zeros(len(self.open[group]), int))
+
+    def owned(self, group: Group) -> int:
+        """Entries that the open units of a group own."""
+        names = {m.name for m in group.members if m.out and m.name in self._shapes}
+        return sum(int(self._entries(name, {})) for name in names)
+
+    def close(self, group: str, unit: int) -> None:
+        """Take one open unit out."""
+        self.open[group][unit] = False
+        for key, positions in self._held[group].items():
+            self._left[key] -= int(positions[unit])
+
+
+def select(
+    groups: Sequence[Group], keep: Params, gain: Params, params: Params, allowed: float, counted: Collection[str]
+) -> tuple[Params, float]:
+    """Close units of `keep` until at most `allowed` of the `counted` parameters are left.
+
+    Args:
+        groups: the model's units.
+        keep: group -> (units,); 0 for units that are closed and stay so.
+        gain: group -> (units,) what keeping each unit is worth; any unit of measure.
+        params: for shapes only.
+        allowed: number of entries.
+        counted: names of the parameters that count (buffers, say, do not).
+
+    Returns:
+        The new `keep`, ones and zeros, and the price: gain per entry of the last unit closed, 0 if there was none.
+    """
+    live = Live(groups, keep, {name: params[name].shape for name in counted})
+    worth = {g: v.double().cpu().numpy() for g, v in gain.items()}
+    price = 0.0
+    while live.total() > allowed:
+        ratio, group, unit = min(_cheapest(live, worth[g.name], g.name) for g in groups)
+        if ratio == math.inf:
+            break
+        live.close(group, unit)
+        price = ratio
+    return {g: torch.from_numpy(live.open[g]).to(v) for g, v in keep.items()}, price
+
+
+def _cheapest(live: Live, worth: np.ndarray, group: str) -> tuple[float, str, int]:
+    """The open unit of a group with the least gain per entry; a ratio of infinity for a group's last unit."""
+    open_units = live.open[group]
+    if open_units.sum() <= 1:
+        return math.inf, group, -1
+    ratio = np.where(open_units, worth / np.maximum(live.costs(group), 1), math.inf)
+    unit = int(ratio.argmin())
+    return float(ratio[unit]), group, unit
+
+
+def narrow(groups: Sequence[Group], params: Params, allowed: float, counted: Collection[str]) -> Params:
+    """A start without evidence: the group that owns the most parameters gives up its smallest unit, again and again.
+
+    Large layers become the sparser ones, as in the Erdős-Rényi allocations of sparse training (Evci et al. 2020,
+    arXiv:1911.11134, section 3).
+
+    Args:
+        groups: the model's units.
+        params: the weights; a unit is small if the squares that it owns add up to little.
+        allowed: stop at so many entries of the counted parameters (or at one unit a group).
+        counted: names of the parameters that count.
+
+    Returns:
+        Ones and zeros, group -> (units,).
+    """
+    like = next(iter(params.values()))
+    keep = {g.name: like.new_ones(g.units) for g in groups}
+    live = Live(groups, keep, {name: params[name].shape for name in counted})
+    smallest = {g.name: _square_norms(g, params).argsort(stable=True).tolist()[:-1] for g in groups}
+    while live.total() > allowed and any(smallest.values()):
+        group = max((g for g in groups if smallest[g.name]), key=live.owned)
+        live.close(group.name, smallest[group.name].pop(0))
+    return {g: torch.from_numpy(live.open[g]).to(v) for g, v in keep.items()}
+
+
+def _square_norms(group: Group, params: Params) -> torch.Tensor:
+    """Sum of the squares of the entries that each unit owns."""
+    parts = []
+    for m in (m for m in group.members if m.out):
+        value = params[m.name].square()
+        parts.append(m.per_unit(value.sum([d for d in range(value.ndim) if d != m.dim]) if value.ndim > 1 else value, group.units))
+    return torch.stack(parts).sum(0)
