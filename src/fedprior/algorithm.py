@@ -5,7 +5,7 @@ Optional methods of a prior, each with the meaning it has when absent:
     bind(model, x) -> prior         look at the model before round one        (the prior itself)
     message(eta, q) -> Stats        what one client uploads                   (the `uplink` terms of stats(q))
     project(eta, before) -> eta     back to feasible values, after a step     (eta)
-    deploy(eta, objective)          the model that is evaluated and exported  (objective, point(eta))
+    cut(eta) -> Cut                 the units that are left of the model      (all of them)
 """
 
 from __future__ import annotations
@@ -100,8 +100,11 @@ class Algorithm:
 
     def deploy(self, eta: Eta, objective: Objective) -> tuple[Objective, Params]:
         """The model that is evaluated and exported, smaller where the prior has removed units."""
-        deploy = getattr(self.prior, "deploy", None)
-        return deploy(eta, objective) if deploy else (objective, self.prior.point(eta))
+        cut = getattr(self.prior, "cut", None)
+        if cut is None:
+            return objective, self.prior.point(eta)
+        left = cut(eta)
+        return objective.cut(left), left.gather(self.prior.point(eta))
 
 
 _PARTS = {"prior": Prior, "inference": Inference, "server": ServerStep, "codec": Codec}

@@ -1,16 +1,29 @@
-"""The loop that the gradient E-steps share: mini-batch ascent on a bound, per example."""
+"""What the gradient E-steps share: what is left of a model, and mini-batch ascent on a bound, per example."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from fedprior.core import Examples, Params
+from fedprior.core import Eta, Examples, Params
 from fedprior.objective import Objective
 from fedprior.rng import seeded_globals
+from fedprior.slim import Cut
+
+
+def what_is_left(objective: Objective, prior: Any, eta: Eta) -> tuple[Cut, Objective, Any, Eta]:
+    """The cut of a prior that removes units, and the objective, prior and eta of the slim model.
+
+    Such a prior has `cut(eta)` and `groups`, and its eta `mean` and `keep`: values per parameter and per unit.
+    """
+    cut = prior.cut(eta)
+    small_eta = eta._replace(mean=cut.gather(eta.mean), keep=cut.units(eta.keep))
+    return cut, objective.cut(cut), replace(prior, groups=cut.small_groups), small_eta
 
 
 def batches(

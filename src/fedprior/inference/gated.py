@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -27,9 +27,8 @@ from torch import Tensor
 from fedprior import posteriors, structure, tree
 from fedprior.core import Client, Eta, Params
 from fedprior.gates import BOUND, hard_concrete, keep_probability, log_alpha_for, uniform
-from fedprior.inference.ascent import ascend, check_steps, detached, leaves
+from fedprior.inference.ascent import ascend, check_steps, detached, leaves, what_is_left
 from fedprior.objective import Objective
-from fedprior.slim import Cut
 
 
 @dataclass(frozen=True)
@@ -68,10 +67,7 @@ class Gated:
         self, objective: Objective, prior: Any, eta: Eta, client: Client, state: Params | None, rng: torch.Generator
     ) -> tuple[Any, Params | None]:
         """A few epochs on what is left of the model; no personal state."""
-        cut = Cut.of(prior.groups, eta.keep)
-        small = objective.cut(cut)
-        small_prior = replace(prior, groups=cut.small_groups)
-        small_eta = eta._replace(mean=cut.gather(eta.mean), keep=cut.units(eta.keep))
+        cut, small, small_prior, small_eta = what_is_left(objective, prior, eta)
 
         def noise() -> Params:  # drawn for all units: the numbers do not depend on which are left
             return cut.units(tree.map(lambda k: uniform(k, rng), eta.keep))

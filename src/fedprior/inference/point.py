@@ -17,7 +17,7 @@ from torch import Tensor
 
 from fedprior import posteriors
 from fedprior.core import Client, Eta, Params, Prior
-from fedprior.inference.ascent import ascend, check_steps, detached, leaves
+from fedprior.inference.ascent import ascend, check_steps, detached, leaves, what_is_left
 from fedprior.objective import Objective
 
 
@@ -55,7 +55,14 @@ class Point:
         state: Params | None,
         rng: torch.Generator,
     ) -> tuple[Any, Params | None]:
-        """A few epochs from the prior's point; no personal state."""
+        """A few epochs from the prior's point, on what is left of the model; no personal state."""
+        if not hasattr(prior, "cut"):
+            return posteriors.Point(self._train(objective, prior, eta, client, rng)), state
+        cut, small, small_prior, small_eta = what_is_left(objective, prior, eta)
+        phi = self._train(small, small_prior, small_eta, client, rng)
+        return posteriors.Point(cut.scatter(phi, eta.mean)), state
+
+    def _train(self, objective: Objective, prior: Prior, eta: Eta, client: Client, rng: torch.Generator) -> Params:
         phi, trained = leaves(objective, prior.point(eta))
         q = posteriors.Point(phi)
         examples = len(client.train)
@@ -67,4 +74,4 @@ class Point:
         objective.train()
         smallest = objective.smallest_batch
         ascend(bound, client.train, [make(trained)], self.epochs, self.batch_size, rng, smallest=smallest)
-        return posteriors.Point(detached(phi)), state
+        return detached(phi)

@@ -29,7 +29,6 @@ from torch import Tensor, nn
 
 from fedprior import gates, structure, tree
 from fedprior.core import Params, Stats
-from fedprior.objective import Objective
 from fedprior.slim import Cut
 from fedprior.structure import Group
 
@@ -148,7 +147,6 @@ class SpikeSlab:
         keep = tree.map(prune, eta.keep, eta.keep if before is None else before.keep)
         return self.Eta(structure.apply(structure.alive(self.groups, keep, eta.mean), eta.mean), keep)
 
-    def deploy(self, eta: Eta, objective: Objective) -> tuple[Objective, Params]:
-        """The slim model and its parameters: what `point` computes, without the removed units."""
-        cut = Cut.of(self.groups, eta.keep)
-        return objective.cut(cut), cut.gather(self.point(eta))
+    def cut(self, eta: Eta) -> Cut:
+        """The units that are not removed."""
+        return Cut.of(self.groups, eta.keep)
