@@ -45,9 +45,9 @@ class Live:
         for group in groups:
             held = self._held[group.name]
             for m in group.members:
-                held[m.name, m.dim] = np.bincount(
-                    np.array(m.unit)[left[m.name, m.dim]] + 1, minlength=group.units + 1
-                )[1:]
+                held[m.name, m.dim] = np.bincount(np.array(m.unit)[left[m.name, m.dim]] + 1, minlength=group.units + 1)[
+                    1:
+                ]
 
     def total(self) -> int:
         """Entries that are left."""
@@ -55,10 +55,7 @@ class Live:
 
     def _entries(self, name: str, less: Mapping[Key, np.ndarray]) -> np.ndarray:
         """Entries of one parameter when every dimension has lost `less` positions."""
-        counts = [
-            self._left.get((name, d), size) - less.get((name, d), 0)
-            for d, size in enumerate(self._shapes[name])
-        ]
+        counts = [self._left.get((name, d), size) - less.get((name, d), 0) for d, size in enumerate(self._shapes[name])]
         return np.asarray(math.prod(counts))
 
     def costs(self, group: str) -> np.ndarray:
@@ -147,5 +144,9 @@ def _square_norms(group: Group, params: Params) -> torch.Tensor:
     parts = []
     for m in (m for m in group.members if m.out):
         value = params[m.name].square()
-        parts.append(m.per_unit(value.sum([d for d in range(value.ndim) if d != m.dim]) if value.ndim > 1 else value, group.units))
+        parts.append(
+            m.per_unit(
+                value.sum([d for d in range(value.ndim) if d != m.dim]) if value.ndim > 1 else value, group.units
+            )
+        )
     return torch.stack(parts).sum(0)

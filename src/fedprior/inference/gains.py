@@ -18,7 +18,7 @@ LeCun, Denker, Solla 1989 (optimal brain damage); Theis et al. 2018, arXiv:1801.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -26,7 +26,7 @@ from torch import Tensor
 
 from fedprior import posteriors
 from fedprior.core import Client, Eta, Params
-from fedprior.inference.ascent import ascend, check_steps, detached, leaves
+from fedprior.inference.ascent import ascend, check_steps, detached, leaves, what_is_left
 from fedprior.objective import Objective
 from fedprior.structure import Group
 
@@ -61,10 +61,8 @@ class Gains:
         self, objective: Objective, prior: Any, eta: Eta, client: Client, state: Params | None, rng: torch.Generator
     ) -> tuple[Any, Params | None]:
         """A few epochs on what is left of the model; no personal state."""
-        cut = prior.cut(eta)
-        small_eta = eta._replace(mean=cut.gather(eta.mean), keep=cut.units(eta.keep))
-        small_prior = replace(prior, groups=cut.small_groups)
-        q = self._train(objective.cut(cut), small_prior, small_eta, client, rng)
+        cut, small, small_prior, small_eta = what_is_left(objective, prior, eta)
+        q = self._train(small, small_prior, small_eta, client, rng)
         return posteriors.Gains(cut.scatter(q.phi, eta.mean), cut.all_units(q.gain)), state
 
     def _train(

@@ -1,4 +1,4 @@
-"""Priors, one file each."""
+"""Priors p(phi_s | eta), one file each."""
 
 from fedprior.priors.custom import Custom
 from fedprior.priors.gaussian import Gaussian

@@ -31,7 +31,6 @@ from torch import Tensor, nn
 
 from fedprior import selection, structure, tree
 from fedprior.core import Params, Stats
-from fedprior.objective import Objective
 from fedprior.slim import Cut
 from fedprior.structure import Group
 
@@ -149,8 +148,3 @@ class SharedGates:
         left = selection.Live(self.groups, eta.keep, shapes).total()
         total = sum(shape.numel() for shape in shapes.values())
         return max(self.density * total, left * (self.density / self.start) ** (1 / self.steps))
-
-    def deploy(self, eta: Eta, objective: Objective) -> tuple[Objective, Params]:
-        """The slim model and its parameters."""
-        cut = self.cut(eta)
-        return objective.cut(cut), cut.gather(eta.mean)

@@ -1,0 +1,141 @@
+"""Choosing units: sizes against a count of entries, the greedy choice against all choices."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+
+import fedprior as fp
+from cases import count_alive
+from fedprior import selection, structure
+from fedprior.objective import Objective
+from fedprior.rng import generator
+from fedprior.selection import Live
+from test_slim import MODELS, setting
+
+
+def names(model: torch.nn.Module) -> list[str]:
+    return [name for name, _ in model.named_parameters()]
+
+
+def gains(groups, seed: int = 0) -> dict[str, torch.Tensor]:
+    rng = generator(seed, "gains")
+    return {g.name: torch.rand(g.units, generator=rng, dtype=torch.float64) for g in groups}
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_live_counts_what_a_mask_leaves(name: str) -> None:
+    model, _, cut, params = setting(name)
+    counted = {k: params[k] for k in names(model)}
+    gate = cut.all_units({g: torch.ones(len(k), dtype=torch.float64) for g, k in cut.kept.items()})
+
+    def left(z) -> int:
+        return count_alive(structure.alive(cut.groups, z, params), counted)
+
+    live = Live(cut.groups, gate, {k: v.shape for k, v in counted.items()})
+    assert live.total() == left(gate)
+    for group in cut.groups:
+        costs = live.costs(group.name)
+        for unit in range(group.units):
+            closed = {**gate, group.name: gate[group.name].clone()}
+            closed[group.name][unit] = 0
+            assert costs[unit] == (left(gate) - left(closed) if gate[group.name][unit] else 0), (group.name, unit)
+        owned = structure.owned(cut.groups, gate, params)
+        rows = [k for k in counted if any(m.out and m.name == k for m in group.members)]
+        on = structure.alive(cut.groups, gate, params)
+        assert set(rows) <= owned.keys()
+        assert live.owned(group) == count_alive({k: on[k] for k in rows}, {k: counted[k] for k in rows})
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_closing_units_keeps_the_count_right(name: str) -> None:
+    model, _, cut, params = setting(name)
+    gate = {g.name: torch.ones(g.units, dtype=torch.float64) for g in cut.groups}
+    live = Live(cut.groups, gate, {k: params[k].shape for k in names(model)})
+    for group in cut.groups:
+        live.close(group.name, group.units - 1)
+        gate[group.name][-1] = 0
+        counted = {k: params[k] for k in names(model)}
+        assert live.total() == count_alive(structure.alive(cut.groups, gate, params), counted)
+
+
+def chosen(name: str, fraction: float, seed: int = 0):
+    model, _, cut, params = setting(name)
+    ones = {g.name: torch.ones(g.units, dtype=torch.float64) for g in cut.groups}
+    counted = names(model)
+    allowed = fraction * sum(params[k].numel() for k in counted)
+    keep, price = selection.select(cut.groups, ones, gains(cut.groups, seed), params, allowed, counted)
+    live = Live(cut.groups, keep, {k: params[k].shape for k in counted})
+    return cut.groups, keep, price, live, allowed
+
+
+@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("fraction", [0.9, 0.5, 0.0])
+def test_what_is_left_is_allowed_and_no_group_is_lost(name: str, fraction: float) -> None:
+    groups, keep, price, live, allowed = chosen(name, fraction)
+    assert all(set(z.unique().tolist()) <= {0.0, 1.0} and z.any() for z in keep.values())
+    assert live.total() <= allowed or all(int(z.sum()) == 1 for z in keep.values())
+    assert (price > 0) == any(not z.all() for z in keep.values())
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_a_smaller_allowance_keeps_some_of_what_a_larger_one_keeps(name: str) -> None:
+    keeps = [chosen(name, fraction)[1] for fraction in (0.8, 0.5, 0.2)]
+    for more, less in itertools.pairwise(keeps):
+        assert all(bool((less[g] <= more[g]).all()) for g in more)
+
+
+def test_units_of_one_size_are_chosen_as_by_trying_all_choices() -> None:
+    """One hidden layer: every unit costs the same, and the greedy choice is the optimum."""
+    model = fp.models.mlp(4, (7,), 3).double()
+    groups, params = structure.groups(model, torch.zeros(1, 4).double()), Objective(model).params()
+    worth = gains(groups)
+    ones = {groups[0].name: torch.ones(7, dtype=torch.float64)}
+    each = 4 + 1 + 3
+    for count in range(1, 8):
+        allowed = 3 + each * count + each / 2
+        keep, price = selection.select(groups, ones, worth, params, allowed, names(model))
+        gain = worth[groups[0].name]
+        best = max(itertools.combinations(range(7), count), key=lambda units: sum(float(gain[u]) for u in units))
+        assert keep[groups[0].name].nonzero().flatten().tolist() == list(best)
+        dropped = gain[keep[groups[0].name] == 0]
+        assert price == pytest.approx(float(dropped.max()) / each if len(dropped) else 0.0)
+
+
+def test_a_price_separates_what_stays_from_what_goes() -> None:
+    """Sizes only shrink as units go, so that what stays is worth the price of the last that went."""
+    groups, keep, price, live, _ = chosen("lenet", 0.5)
+    worth = gains(groups)
+    for g in groups:
+        stays = keep[g.name] > 0
+        ratio = worth[g.name][stays] / torch.from_numpy(live.costs(g.name))[stays]
+        assert price > 0 and float(ratio.min()) >= price * (1 - 1e-12)
+
+
+def test_closed_units_stay_closed() -> None:
+    model, _, cut, params = setting("lenet")
+    gate = cut.all_units({g: torch.ones(len(k), dtype=torch.float64) for g, k in cut.kept.items()})
+    everything = sum(v.numel() for v in params.values())
+    keep, price = selection.select(cut.groups, gate, gains(cut.groups), params, everything, names(model))
+    assert price == 0 and all(torch.equal(keep[g], gate[g]) for g in gate)
+
+
+@pytest.mark.parametrize("fraction", [1.0, 0.6, 0.2, 0.0])
+def test_a_narrow_start_takes_the_smallest_units_of_the_largest_layer(fraction: float) -> None:
+    model = fp.models.mlp(6, (20, 5), 3).double()
+    groups, params = structure.groups(model, torch.zeros(1, 6).double()), Objective(model).params()
+    total = sum(v.numel() for v in params.values())
+    keep = selection.narrow(groups, params, fraction * total, names(model))
+    live = Live(groups, keep, {k: v.shape for k, v in params.items()})
+    open_units = [int(z.sum()) for z in keep.values()]
+    assert live.total() <= fraction * total or open_units == [1, 1]
+    assert (open_units == [20, 5]) == (fraction == 1.0)
+    for group in groups:
+        layer = group.name
+        norms = params[f"{layer}.weight"].square().sum(1) + params[f"{layer}.bias"].square()
+        stays = keep[layer] > 0
+        assert stays.all() or norms[stays].min() > norms[~stays].max()
+    if fraction == 0.6:  # 20 x 7 against 5 x 21 entries at the start: the first layer gives more
+        assert 20 - open_units[0] > 5 - open_units[1]
