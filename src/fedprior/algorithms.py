@@ -98,6 +98,18 @@ def fedsparse(
     )
 
 
+def grouplasso(
+    lr: float = 0.05,
+    strength: float = 1e-3,
+    epochs: int = 1,
+    batch_size: int | None = 20,
+    weighting: Weighting = "examples",
+) -> Algorithm:
+    """FedAvg with a group lasso on the server, Yuan & Lin 2006: strength is what a unit's weights lose a round."""
+    e_step = inference.Point(lr, epochs, batch_size)
+    return Algorithm(priors.GroupLasso(strength), e_step, codec=Sparse(), weighting=weighting, name="grouplasso")
+
+
 ALGORITHMS: Mapping[str, Callable[..., Algorithm]] = {
-    f.__name__: f for f in (fedavg, fedprox, fedavgm, fedadagrad, fedadam, fedyogi, fedsparse)
+    f.__name__: f for f in (fedavg, fedprox, fedavgm, fedadagrad, fedadam, fedyogi, fedsparse, grouplasso)
 }

@@ -2,6 +2,7 @@
 
 from fedprior.priors.custom import Custom
 from fedprior.priors.gaussian import Gaussian
+from fedprior.priors.group_lasso import GroupLasso
 from fedprior.priors.spike_slab import SpikeSlab
 
-__all__ = ["Custom", "Gaussian", "SpikeSlab"]
+__all__ = ["Custom", "Gaussian", "GroupLasso", "SpikeSlab"]
