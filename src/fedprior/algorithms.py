@@ -105,7 +105,7 @@ def grouplasso(
     batch_size: int | None = 20,
     weighting: Weighting = "examples",
 ) -> Algorithm:
-    """FedAvg with a group lasso on the server, Yuan & Lin 2006: strength is what a unit's weights lose a round."""
+    """Yuan & Lin 2006, doi:10.1111/j.1467-9868.2005.00532.x: FedAvg whose units shrink by `strength` a round."""
     e_step = inference.Point(lr, epochs, batch_size)
     return Algorithm(priors.GroupLasso(strength), e_step, codec=Sparse(), weighting=weighting, name="grouplasso")
 

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from collections.abc import Sequence
+from math import ceil
 
 import torch
 from torch import Tensor, nn
@@ -46,12 +47,13 @@ def prune(model: nn.Module, density: float, x: Tensor) -> nn.Module:
     def left(removed: int) -> int:
         return tree.size(_without(groups, order[:removed]).gather(params))
 
-    removed = bisect_left(range(len(order) + 1), True, key=lambda n: left(n) <= density * count)
+    removed = bisect_left(range(len(order) + 1), True, key=lambda n: left(n) / count <= density)
     if removed > len(order):
         smallest = left(len(order))
+        possible = ceil(1e6 * smallest / count) / 1e6
         raise ValueError(
             f"density={density} asks for at most {density * count:.0f} of {count} parameters, and one unit of each "
-            f"group and all layers without units have {smallest}: ask for density >= {smallest / count:.2g}"
+            f"group and all layers without units have {smallest}: ask for density >= {possible:g}"
         )
     return slim(model, _without(groups, order[:removed]))
 

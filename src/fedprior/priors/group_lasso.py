@@ -38,7 +38,8 @@ class GroupLasso:
     """N(w, 1/precision), and block soft-thresholding of w after each M-step.
 
     Attributes:
-        strength: how far the root mean square of a unit's weights falls a round; 0 is the Gaussian prior.
+        strength: how far the root mean square of a unit's weights falls a round; 0 is the Gaussian prior. PyTorch's
+            initial weights have 1 / sqrt(3 inputs), 0.02 for 800: a unit that nothing trains has that to lose.
         precision: pull of a client's weights towards the server's; 0 is flat.
         groups: the model's units; empty until `bind` finds them.
     """
