@@ -12,22 +12,12 @@ its own with one thread. Bytes are lengths of payloads, both directions; MB are 
 
 from __future__ import annotations
 
-import argparse
-import json
-import os
-import statistics
-import subprocess
-import sys
 from collections.abc import Callable, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 
 import fedprior as fp
-from fedprior.metrics import evaluate
-from fedprior.objective import Objective
 
 PRUNED = (0.05, 0.1, 0.2)
 

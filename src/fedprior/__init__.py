@@ -2,10 +2,21 @@
 
 from fedprior import codecs, data, engines, inference, models, posteriors, priors, server, tree
 from fedprior.algorithm import Algorithm
-from fedprior.algorithms import ALGORITHMS, fedadagrad, fedadam, fedavg, fedavgm, fedprox, fedsparse, fedyogi
+from fedprior.algorithms import (
+    ALGORITHMS,
+    fedadagrad,
+    fedadam,
+    fedavg,
+    fedavgm,
+    fedprox,
+    fedsparse,
+    fedyogi,
+    grouplasso,
+)
 from fedprior.cohort import Availability
 from fedprior.core import Client, Examples, Params, Stats
 from fedprior.objective import Loss
+from fedprior.pruning import prune
 from fedprior.records import ClientRecord, Round
 from fedprior.result import Result
 from fedprior.run import run
@@ -34,10 +45,12 @@ __all__ = [
     "fedprox",
     "fedsparse",
     "fedyogi",
+    "grouplasso",
     "inference",
     "models",
     "posteriors",
     "priors",
+    "prune",
     "run",
     "server",
     "tree",

@@ -98,6 +98,18 @@ def fedsparse(
     )
 
 
+def grouplasso(
+    lr: float = 0.05,
+    strength: float = 1e-3,
+    epochs: int = 1,
+    batch_size: int | None = 20,
+    weighting: Weighting = "examples",
+) -> Algorithm:
+    """Yuan & Lin 2006, doi:10.1111/j.1467-9868.2005.00532.x: FedAvg whose units shrink by `strength` a round."""
+    e_step = inference.Point(lr, epochs, batch_size)
+    return Algorithm(priors.GroupLasso(strength), e_step, codec=Sparse(), weighting=weighting, name="grouplasso")
+
+
 ALGORITHMS: Mapping[str, Callable[..., Algorithm]] = {
-    f.__name__: f for f in (fedavg, fedprox, fedavgm, fedadagrad, fedadam, fedyogi, fedsparse)
+    f.__name__: f for f in (fedavg, fedprox, fedavgm, fedadagrad, fedadam, fedyogi, fedsparse, grouplasso)
 }

@@ -17,6 +17,7 @@ from collections.abc import Collection, Mapping, Sequence
 import numpy as np
 import torch
 
+from fedprior import structure, tree
 from fedprior.core import Params
 from fedprior.structure import Group
 
@@ -132,21 +133,9 @@ def narrow(groups: Sequence[Group], params: Params, allowed: float, counted: Col
     like = next(iter(params.values()))
     keep = {g.name: like.new_ones(g.units) for g in groups}
     live = Live(groups, keep, {name: params[name].shape for name in counted})
-    smallest = {g.name: _square_norms(g, params).argsort(stable=True).tolist()[:-1] for g in groups}
+    squares = structure.sums(groups, tree.map(torch.square, params))
+    smallest = {g: s.argsort(stable=True).tolist()[:-1] for g, s in squares.items()}
     while live.total() > allowed and any(smallest.values()):
         group = max((g for g in groups if smallest[g.name]), key=live.owned)
         live.close(group.name, smallest[group.name].pop(0))
     return {g: torch.from_numpy(live.open[g]).to(v) for g, v in keep.items()}
-
-
-def _square_norms(group: Group, params: Params) -> torch.Tensor:
-    """Sum of the squares of the entries that each unit owns."""
-    parts = []
-    for m in (m for m in group.members if m.out):
-        value = params[m.name].square()
-        parts.append(
-            m.per_unit(
-                value.sum([d for d in range(value.ndim) if d != m.dim]) if value.ndim > 1 else value, group.units
-            )
-        )
-    return torch.stack(parts).sum(0)

@@ -121,6 +121,16 @@ def sizes(groups: Sequence[Group], gate: Mapping[str, Tensor], params: Params) -
     return count
 
 
+def sums(groups: Sequence[Group], params: Params) -> Params:
+    """Sums over the entries that each unit owns, group -> (units,)."""
+    total: Params = {}
+    for group in groups:
+        for m in (m for m in group.members if m.out):
+            values = params[m.name].movedim(m.dim, 0).reshape(len(m.unit), -1).sum(1)
+            total[group.name] = m.per_unit(values, group.units) + total.get(group.name, 0)
+    return total
+
+
 def groups(model: nn.Module, x: Tensor) -> tuple[Group, ...]:
     """The groups of a model; `dense_layers` tells which layers have none.
 

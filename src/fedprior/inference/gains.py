@@ -24,7 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fedprior import posteriors
+from fedprior import posteriors, structure
 from fedprior.core import Client, Eta, Params
 from fedprior.inference.ascent import ascend, check_steps, detached, leaves, what_is_left
 from fedprior.objective import Objective
@@ -99,12 +99,7 @@ class Gains:
 @torch.no_grad()
 def _slopes(groups: tuple[Group, ...], phi: Params) -> Params:
     """dL/dz_g = sum of phi_j dL/dphi_j over what g owns, up to the sign, group -> (units,)."""
-    slopes: Params = {}
-    for group in groups:
-        for m in (m for m in group.members if m.out):
-            grad = phi[m.name].grad
-            if grad is not None:
-                along = (phi[m.name] * grad).flatten(1).sum(1) if grad.ndim > 1 else phi[m.name] * grad
-                part = m.per_unit(along, group.units)
-                slopes[group.name] = slopes[group.name] + part if group.name in slopes else part
-    return slopes
+    own = {m.name for group in groups for m in group.members if m.out}
+    return structure.sums(
+        groups, {k: torch.zeros_like(v) if v.grad is None else v * v.grad for k, v in phi.items() if k in own}
+    )

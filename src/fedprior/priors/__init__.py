@@ -2,7 +2,8 @@
 
 from fedprior.priors.custom import Custom
 from fedprior.priors.gaussian import Gaussian
+from fedprior.priors.group_lasso import GroupLasso
 from fedprior.priors.shared_gates import SharedGates
 from fedprior.priors.spike_slab import SpikeSlab
 
-__all__ = ["Custom", "Gaussian", "SharedGates", "SpikeSlab"]
+__all__ = ["Custom", "Gaussian", "GroupLasso", "SharedGates", "SpikeSlab"]
