@@ -74,7 +74,7 @@ def chosen(name: str, fraction: float, seed: int = 0):
 @pytest.mark.parametrize("name", MODELS)
 @pytest.mark.parametrize("fraction", [0.9, 0.5, 0.0])
 def test_what_is_left_is_allowed_and_no_group_is_lost(name: str, fraction: float) -> None:
-    groups, keep, price, live, allowed = chosen(name, fraction)
+    _, keep, price, live, allowed = chosen(name, fraction)
     assert all(set(z.unique().tolist()) <= {0.0, 1.0} and z.any() for z in keep.values())
     assert live.total() <= allowed or all(int(z.sum()) == 1 for z in keep.values())
     assert (price > 0) == any(not z.all() for z in keep.values())

@@ -99,7 +99,6 @@ class Gains:
 @torch.no_grad()
 def _slopes(groups: tuple[Group, ...], phi: Params) -> Params:
     """dL/dz_g = sum of phi_j dL/dphi_j over what g owns, up to the sign, group -> (units,)."""
-    own = {m.name for group in groups for m in group.members if m.out}
-    return structure.sums(
-        groups, {k: torch.zeros_like(v) if v.grad is None else v * v.grad for k, v in phi.items() if k in own}
-    )
+    own = {m.name: phi[m.name] for group in groups for m in group.members if m.out}
+    nothing = torch.zeros(())
+    return structure.sums(groups, {k: v * (nothing.expand_as(v) if v.grad is None else v.grad) for k, v in own.items()})

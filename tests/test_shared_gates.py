@@ -1,0 +1,192 @@
+"""Gates by evidence: what a unit is worth, what the server makes of it, and a run with an asked density."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+import fedprior as fp
+from cases import CONV, IMAGES, bound, equal, image_clients, normal, pooled, without_seconds
+from fedprior import Client, Examples, Stats, inference, priors, structure, tree
+from fedprior.inference.gains import _slopes
+from fedprior.objective import Objective
+from fedprior.rng import generator
+from fedprior.slim import Cut
+from test_slim import MODELS, setting
+
+
+def shared(density: float = 0.3, start: float = 1.0, steps: int = 4, **fields) -> priors.SharedGates:
+    return priors.SharedGates(density, start, steps, **fields)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_slopes_are_the_gradient_by_the_gates(name: str) -> None:
+    """d/dz_g at z = 1 of the log-likelihood of phi * z, by autograd through the gates."""
+    model, x, cut, params = setting(name)
+    y = torch.arange(len(x)) % 3
+    objective = Objective(model)
+    z = {g.name: torch.ones(g.units, dtype=torch.float64, requires_grad=True) for g in cut.groups}
+    value = objective.log_lik(structure.close_gates(cut.groups, z, params), x, y)
+    expected = dict(zip(z, torch.autograd.grad(value, list(z.values())), strict=True))
+    phi = {k: v.clone().requires_grad_(k in objective.trainable) for k, v in params.items()}
+    objective.log_lik(phi, x, y).backward()
+    slopes = _slopes(cut.groups, phi)
+    assert slopes.keys() == expected.keys()
+    for g, slope in expected.items():
+        assert float(slope.abs().max()) > 0
+        assert torch.allclose(slopes[g], slope, rtol=1e-10, atol=1e-12)
+
+
+def gaussian_client(size: int) -> tuple[nn.Module, Client]:
+    """Targets of a linear network of independent units plus noise of variance one."""
+    rng = generator(0, "gaussian")
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 1)).double()
+    with torch.no_grad():
+        for p in model.parameters():
+            p.zero_()
+        model[0].weight.copy_(torch.eye(4))
+        model[1].weight.copy_(torch.tensor([[0.3, 0.6, 0.0, 0.45]]))
+    x = torch.randn(size, 4, generator=rng, dtype=torch.float64)
+    with torch.no_grad():
+        y = model(x) + torch.randn(size, 1, generator=rng, dtype=torch.float64)
+    return model, Client(0, "gaussian", Examples(x, y))
+
+
+def test_the_gain_is_what_closing_the_unit_costs() -> None:
+    """A quadratic log-likelihood, for which the second order is all: N a^2 / 2 nats for a unit of weight a."""
+    size = 20000
+    model, client = gaussian_client(size)
+    prior = shared().bind(model, client.train.x)
+    objective = Objective(model, "regression")
+    eta = prior.init(objective.params())
+    q, state = inference.Gains(1e-9, 1, 10).e_step(objective, prior, eta, client, None, generator(1, "e"))
+    (group,) = prior.groups
+    whole = objective.log_lik(eta.mean, client.train.x, client.train.y)
+    for unit in range(4):
+        z = {group.name: torch.ones(4, dtype=torch.float64)}
+        z[group.name][unit] = 0
+        closed = objective.log_lik(structure.close_gates(prior.groups, z, eta.mean), client.train.x, client.train.y)
+        exact = size * float(whole - closed)
+        a = float(eta.mean["1.weight"][0, unit])
+        assert exact == pytest.approx(size * a**2 / 2, abs=0.05 * size * 0.6**2)
+        assert float(q.gain[group.name][unit]) == pytest.approx(exact, abs=0.06 * size * 0.6**2)
+    assert state is None and float(q.gain[group.name][2]) == 0
+
+
+def test_training_is_sgd_on_what_is_left() -> None:
+    """The weights are those of the E-step of FedAvg on the slim model; removed units stay at zero."""
+    client = image_clients(1, 24)[0]
+    model = fp.models.lenet((4, 5), 6, 4, 16)
+    prior = shared(start=0.5).bind(model, client.train.x)
+    objective = Objective(model)
+    eta = prior.init(objective.params())
+    cut = prior.cut(eta)
+    assert cut.removed
+    q, _ = inference.Gains(0.1, 2, 8).e_step(objective, prior, eta, client, None, generator(0, "e"))
+    small = objective.cut(cut)
+    gaussian = priors.Gaussian()
+    plain, _ = inference.Point(0.1, 2, 8).e_step(
+        small, gaussian, gaussian.init(cut.gather(eta.mean)), client, None, generator(0, "e")
+    )
+    assert equal(cut.gather(q.phi), plain.phi)
+    on = structure.alive(prior.groups, eta.keep, eta.mean)
+    assert equal(structure.apply(on, q.phi), q.phi)
+    for g, z in eta.keep.items():
+        assert not q.gain[g][z == 0].any() and (q.gain[g][z > 0] > 0).all()
+
+
+def test_the_e_step_needs_a_prior_with_gates_and_the_prior_gains() -> None:
+    clients, model = image_clients(1, 12), fp.models.lenet((3, 3), 4, 4, 16)
+    with pytest.raises(TypeError, match=r"inference.Gains needs a prior.*SharedGates"):
+        fp.run(fp.Algorithm(priors.Gaussian(), inference.Gains(0.1)), model, clients, rounds=1)
+    with pytest.raises(TypeError, match=r"SharedGates needs a posterior with gains.*inference.Gains"):
+        fp.run(fp.Algorithm(shared(), inference.Point(0.1)), model, clients, rounds=1)
+
+
+FIELDS = bound(shared(memory=0.25), CONV, IMAGES)
+PRIOR: priors.SharedGates = FIELDS["prior"]
+
+
+def step(prior: priors.SharedGates, eta, gain, clients: float = 1.0):
+    """A round in which the clients send back the weights that they got."""
+    total = Stats({"phi": eta.mean, "gain": gain}).weighted(clients)
+    return prior.project(prior.m_step(eta, total), eta)
+
+
+def ramp(seed: int = 0) -> dict[str, torch.Tensor]:
+    rng = generator(seed, "ramp")
+    return {g.name: 0.1 + torch.rand(g.units, generator=rng, dtype=torch.float64) for g in PRIOR.groups}
+
+
+def left(prior: priors.SharedGates, eta) -> int:
+    return tree.size(Cut.of(prior.groups, eta.keep).gather(eta.mean))
+
+
+def test_the_schedule_is_geometric_and_ends_at_the_density() -> None:
+    eta = PRIOR.init(normal(generator(0, "eta"), FIELDS["params"]))
+    total = tree.size(eta.mean)
+    assert left(PRIOR, eta) == total
+    counts = [total]
+    for _ in range(8):
+        eta = step(PRIOR, eta, ramp())
+        counts.append(left(PRIOR, eta))
+    factor = 0.3 ** (1 / 4)
+    for before, after in zip(counts[:4], counts[1:5], strict=True):
+        assert after <= max(factor * before, 0.3 * total)
+    assert counts[4] <= 0.3 * total and counts[4:] == [counts[4]] * 5
+
+
+def test_gains_are_remembered() -> None:
+    """e = memory * e + (1 - memory) * mean over clients, and no memory of removed units."""
+    eta = PRIOR.init(FIELDS["params"])
+    first, second = ramp(1), ramp(2)
+    one = step(PRIOR, eta, first, clients=3.0)
+    two = step(PRIOR, one, second, clients=5.0)
+    for g, z in two.keep.items():
+        expected = (0.25 * (0.75 * first[g] * one.keep[g]) + 0.75 * second[g]) * z
+        assert torch.allclose(two.gain[g], expected)
+
+
+def test_a_removed_unit_stays_removed_whatever_clients_send() -> None:
+    eta = PRIOR.init(normal(generator(0, "eta"), FIELDS["params"]))
+    for _ in range(4):
+        eta = step(PRIOR, eta, ramp())
+    loud = {g: torch.where(z > 0, 1e-3, 1e9) for g, z in eta.keep.items()}
+    wild = {k: torch.ones_like(v) for k, v in eta.mean.items()}
+    after = PRIOR.project(PRIOR.m_step(eta, Stats({"phi": wild, "gain": loud})), eta)
+    assert all(bool((after.keep[g] <= eta.keep[g]).all()) for g in eta.keep)
+    on = structure.alive(PRIOR.groups, eta.keep, eta.mean)
+    assert equal(structure.apply(on, after.mean), after.mean)
+
+
+def test_without_evidence_nothing_is_removed() -> None:
+    eta = PRIOR.init(FIELDS["params"])
+    nothing = tree.map(torch.zeros_like, eta.keep)
+    assert equal(step(PRIOR, eta, nothing).keep, eta.keep)
+
+
+@pytest.mark.parametrize("bad", [{"density": 0.0}, {"density": 0.5, "start": 0.4}, {"steps": 0}, {"memory": 1.0}])
+def test_bad_arguments_are_refused(bad) -> None:
+    with pytest.raises(ValueError, match="SharedGates needs"):
+        shared(**bad)
+
+
+def run(rounds: int = 12, **fields) -> fp.Result:
+    clients = image_clients(4, 40)
+    algorithm = fp.fedsparse(lr=0.1, batch_size=8, **{"density": 0.1, **fields})
+    model = fp.models.lenet((6, 8), 16, 4, 16)
+    return fp.run(algorithm, model, clients, rounds=rounds, test=pooled(clients))
+
+
+def test_a_run_meets_the_density_and_learns() -> None:
+    result = run()
+    counts = [r.parameters_left for r in result.history]
+    assert counts == sorted(counts, reverse=True)
+    assert all(0.09 <= c / result.parameters <= 0.1 for c in counts[8:])
+    assert result.accuracy > 0.8
+    assert result.history[-1].bytes_up < 0.5 * result.history[0].bytes_up
+    assert result.history[-1].bytes_down < 0.5 * result.history[0].bytes_down
+    assert float(result.eta.price["lambda_0"]) > 0
+    again = run()
+    assert without_seconds(result.history) == without_seconds(again.history)
