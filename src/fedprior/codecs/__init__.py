@@ -4,5 +4,6 @@ from fedprior.codecs.dense import Dense
 from fedprior.codecs.frame import schema_of
 from fedprior.codecs.reader import PayloadError
 from fedprior.codecs.sparse import Sparse
+from fedprior.codecs.topk import TopK
 
-__all__ = ["Dense", "PayloadError", "Sparse", "schema_of"]
+__all__ = ["Dense", "PayloadError", "Sparse", "TopK", "schema_of"]
