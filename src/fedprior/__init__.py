@@ -2,7 +2,7 @@
 
 from fedprior import codecs, data, engines, inference, models, posteriors, priors, server, tree
 from fedprior.algorithm import Algorithm
-from fedprior.algorithms import ALGORITHMS, fedadagrad, fedadam, fedavg, fedavgm, fedprox, fedsparse, fedyogi
+from fedprior.algorithms import ALGORITHMS, fedadagrad, fedadam, fedavg, fedavgm, fedprox, fedsparse, fedyogi, topk
 from fedprior.cohort import Availability
 from fedprior.core import Client, Examples, Params, Stats
 from fedprior.objective import Loss
@@ -40,5 +40,6 @@ __all__ = [
     "priors",
     "run",
     "server",
+    "topk",
     "tree",
 ]
