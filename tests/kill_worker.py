@@ -50,7 +50,7 @@ def run(out: Path, rounds: int) -> None:
     done = {
         "eta": {k: v.double().flatten().tolist() for k, v in tree.flatten(result.eta).items()},
         "history": [r.to_json() for r in without_seconds(result.history)],
-        "counts": [0 if state is None else int(state["rounds"]) for state in counts],
+        "counts": [0 if state is None else int(state["e_step/rounds"]) for state in counts],
     }
     (out / "done.json").write_text(json.dumps(done))
 

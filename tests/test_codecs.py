@@ -186,7 +186,7 @@ def test_value_types_are_checked_at_construction() -> None:
 
 def test_the_header_is_as_documented() -> None:
     """32 bytes, little-endian; the codec's number and the count at the documented offsets."""
-    for case, number in zip(EXACT, (1, 1, 2, 2), strict=True):
+    for case, number in zip(EXACT, (1, 1, 2, 2, 3), strict=True):
         payload = case.codec.encode({"x": torch.ones(2, dtype=case.dtype)}, 17.5)
         assert HEADER_BYTES == 32 == HEADER.size + 4
         assert payload[:4] == b"FEDP" and payload[4] == 1 and payload[5] == number

@@ -20,20 +20,21 @@ from torch import Tensor
 
 from cases import equal
 from fedprior import Params
-from fedprior.codecs import Dense, PayloadError, Sparse, schema_of
+from fedprior.codecs import Dense, PayloadError, Sparse, TopK, schema_of
 from fedprior.codecs.frame import HEADER_BYTES
 from fedprior.rng import generator
-from wire import BITS, CASES, EXACT, ROUNDED, Case, messages, with_body
+from wire import BITS, CASES, EXACT, KINDS, ROUNDED, Case, messages, with_body
 
 MOST = {"int8": 127, "int4": 7, "int2": 1}  # 2^(b-1) - 1
-CODECS = [kind(value_type) for kind in (Dense, Sparse) for value_type in MOST]
+CODECS = [kind(value_type) for kind in KINDS for value_type in MOST]
 codecs = pytest.mark.parametrize("codec", CODECS, ids=lambda c: f"{type(c).__name__}-{c.value_type}")
 cases = pytest.mark.parametrize("case", ROUNDED, ids=str)
 
 
-def steps(codec: Dense | Sparse, value: Tensor) -> Tensor:
-    """max|row| / m, in the shape of the tensor; 2^-22 more than a float32 rounded up."""
+def steps(codec: Dense | Sparse | TopK, value: Tensor) -> Tensor:
+    """max|row| / m, in the shape of the tensor; 2^-22 more than a float32 rounded up. All of TopK's values are a row."""
     rows = value.double().abs().flatten(1).amax(1) / MOST[codec.value_type]
+    rows = rows.amax().expand(len(rows)) if isinstance(codec, TopK) else rows
     return (rows * (1 + 2**-22)).view(-1, *[1] * (value.ndim - 1)).expand(value.shape)
 
 

@@ -190,6 +190,6 @@ def test_personal_states_live_across_rounds_and_resumes(tmp_path: Path, checkpoi
         store = DiskStore(tmp_path / folder / "clients")
         for client in clients:
             count, state = participations(memory.history, client.index), store.load(client.index)
-            assert (0.0 if state is None else float(state["rounds"])) == count
+            assert (0.0 if state is None else float(state["e_step/rounds"])) == count
         assert len(list((tmp_path / folder / "clients").iterdir())) <= len(clients)
     assert len({participations(memory.history, i) for i in range(4)}) > 1

@@ -6,6 +6,8 @@ import math
 import struct
 import zlib
 from dataclasses import dataclass
+from functools import partial
+from itertools import pairwise
 
 import numpy as np
 import torch
@@ -14,7 +16,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from fedprior import Params
-from fedprior.codecs import Dense, Sparse
+from fedprior.codecs import Dense, Sparse, TopK
 from fedprior.codecs.frame import HEADER_BYTES
 
 DTYPES = {"float32": torch.float32, "float64": torch.float64}
@@ -24,11 +26,12 @@ BITS = {"bfloat16": 16, "int8": 8, "int4": 4, "int2": 2}
 
 @dataclass(frozen=True)
 class Case:
-    codec: Dense | Sparse
+    codec: Dense | Sparse | TopK
     lossless_zero: bool = False
 
     def __str__(self) -> str:
-        parts = [type(self.codec).__name__, self.codec.value_type, self.codec.entropy]
+        fraction = f"{self.codec.fraction:g}" if isinstance(self.codec, TopK) else "none"
+        parts = [type(self.codec).__name__, fraction, self.codec.value_type, self.codec.entropy]
         return "-".join(part for part in parts if part != "none")
 
     @property
@@ -49,8 +52,25 @@ class Case:
 
     def length(self, message: Params) -> int:
         """The length of a payload before the entropy coder, by the codec's formula: one plain loop over entries."""
+        if isinstance(self.codec, TopK):
+            return HEADER_BYTES + self._topk(message)
         dense = isinstance(self.codec, Dense)
         return HEADER_BYTES + sum(self.size(v.shape) if dense else self._sparse(v) for v in message.values())
+
+    def _topk(self, message: Params) -> int:
+        kept = largest(message, self.codec.fraction)
+        large = [v for v in message.values() if v.ndim >= 2]
+        entries, positions, start, values = sum(v.numel() for v in large), [], 0, 0
+        for name, value in message.items():
+            if value.ndim >= 2:
+                positions += [start + i for i in kept[name]]
+                start += value.numel()
+                values += self.size((1, len(kept[name])))
+        bitmap, gaps = math.ceil(entries / 8), 0
+        for before, after in pairwise([-1, *positions]):
+            gaps += max(1, math.ceil((after - before - 1).bit_length() / 7))
+        shortest = min(bitmap, gaps) if 8 * len(positions) < entries else bitmap
+        return self.itemsize * sum(v.numel() for v in message.values() if v.ndim < 2) + 1 + shortest + values
 
     def _sparse(self, value: torch.Tensor) -> int:
         if value.ndim == 0:
@@ -76,15 +96,28 @@ class Case:
         }
 
 
+def largest(message: Params, fraction: float) -> dict[str, list[int]]:
+    """The flat indices that top-k keeps of each tensor of two dimensions and more: by sorting (magnitude, place)."""
+    large = [(name, v.flatten().tolist()) for name, v in message.items() if v.ndim >= 2]
+    entries = sorted((-abs(x), place, i) for place, (_, v) in enumerate(large) for i, x in enumerate(v))
+    kept: list[list[int]] = [[] for _ in large]
+    for _, place, i in entries[: max(1, round(fraction * len(entries)))]:
+        kept[place].append(i)
+    return {name: sorted(k) for (name, _), k in zip(large, kept, strict=True)}
+
+
 EXACT = [Case(Dense(), True), Case(Dense("float64"), True), Case(Sparse()), Case(Sparse("float64"))]
+EXACT += [Case(TopK(1.0), True)]
+KINDS = (Dense, Sparse, partial(TopK, 1.0))
 SHRUNK = [Case(Dense("float64", "zlib"), True), Case(Sparse(entropy="zlib")), Case(Sparse(entropy="zstd"))]
-ROUNDED = [Case(kind(value_type)) for kind in (Dense, Sparse) for value_type in BITS]
+ROUNDED = [Case(kind(value_type)) for kind in KINDS for value_type in BITS]
 CASES = [
     *EXACT,
     *SHRUNK,
     *(Case(Dense(v)) for v in ("bfloat16", "int4")),
     *(Case(Sparse(v)) for v in ("int8", "int2")),
     *(Case(Sparse("int8", entropy)) for entropy in ("zlib", "zstd")),
+    *(Case(TopK(*fields)) for fields in ((0.1, "float64"), (0.05, "int4", "zstd"), (0.2, "int8", "zlib"))),
 ]
 
 

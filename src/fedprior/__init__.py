@@ -12,6 +12,7 @@ from fedprior.algorithms import (
     fedsparse,
     fedyogi,
     grouplasso,
+    topk,
 )
 from fedprior.cohort import Availability
 from fedprior.core import Client, Examples, Params, Stats
@@ -53,5 +54,6 @@ __all__ = [
     "prune",
     "run",
     "server",
+    "topk",
     "tree",
 ]

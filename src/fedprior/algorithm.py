@@ -4,8 +4,14 @@ Optional methods of a prior, each with the meaning it has when absent:
 
     bind(model, x) -> prior         look at the model before round one        (the prior itself)
     message(eta, q) -> Stats        what one client uploads                   (the `uplink` terms of stats(q))
+    reference(eta, sent) -> Stats   what deltas are taken from: see below     (the message of inference.start)
     project(eta, before) -> eta     back to feasible values, after a step     (eta)
     cut(eta) -> Cut                 the units that are left of the model      (all of them)
+
+Deltas. Every term that `reference` returns is coded as its difference to it, every other term as it is. The reference
+may read the terms of `sent` that it does not return, if they are vectors, which every codec of ours carries as
+float32; it is linear in `sent`, and stands for as many clients. Absent, all terms are differences to the message of
+the posterior where the E-step begins: for FedAvg phi - w.
 """
 
 from __future__ import annotations
@@ -17,7 +23,7 @@ from typing import Any, Literal, get_args
 from torch import Tensor, nn
 
 from fedprior import tree
-from fedprior.codecs import Dense
+from fedprior.codecs import Dense, TopK
 from fedprior.core import Client, Codec, Eta, Inference, Params, Prior, ServerStep, Stats
 from fedprior.objective import Objective
 from fedprior.server import Exact
@@ -33,7 +39,12 @@ class Algorithm:
         prior: p(phi_s | eta), with the statistics and the M-step that follow from it.
         inference: the E-step.
         server: how far eta moves towards the exact M-step.
-        codec: bytes in both directions.
+        codec: bytes from the clients to the server.
+        downlink: bytes from the server to the clients; None for `codec`.
+        delta: code a client's message as the difference to what the server knows before it arrives (wire.py). There
+            are no deltas downwards: a client of a sampled cohort holds no recent eta to add them to.
+        feedback: clients keep what the codec left out and add it to their next message. Needs delta, and a prior
+            whose statistics are means of all clients: an entry behind a closed gate cannot be sent late.
         weighting: "uniform", one vote a client, as the hierarchical model says; or "examples", a client's
             statistics times its number of training examples, as McMahan's FedAvg does.
         name: for tables and records.
@@ -44,21 +55,42 @@ class Algorithm:
     server: ServerStep = field(default_factory=Exact)
     codec: Codec = field(default_factory=Dense)
     weighting: Weighting = "uniform"
+    downlink: Codec | None = None
+    delta: bool = False
+    feedback: bool = False
     name: str = "custom"
 
     def __post_init__(self) -> None:
-        for part, protocol in _PARTS.items():
+        parts = _PARTS if self.downlink is None else {**_PARTS, "downlink": Codec}
+        for part, protocol in parts.items():
             if isinstance(value := getattr(self, part), type) or not isinstance(value, protocol):
                 lacks = [m for m in vars(protocol) if not m.startswith("_") and not hasattr(value, m)]
                 why = f"it lacks {', '.join(lacks)}" if lacks else "give an instance, not the class"
                 raise TypeError(f"{part}={value!r} is not a {protocol.__name__}: {why}")
         if self.weighting not in get_args(Weighting):
             raise ValueError(f"weighting must be one of {', '.join(get_args(Weighting))}, got {self.weighting!r}")
+        self._check_wire()
+
+    def _check_wire(self) -> None:
+        """Entries that a codec leaves out must be differences, and what is sent late must still count."""
+        if isinstance(self.downlink or self.codec, TopK):
+            raise ValueError("TopK would set most of the broadcast eta to zero: write downlink=Dense(), or Sparse()")
+        if isinstance(self.codec, TopK) and not self.delta:
+            raise ValueError("TopK would set most of what the clients learned to zero: write delta=True")
+        if self.feedback and not self.delta:
+            raise ValueError("feedback=True adds up differences: write delta=True as well")
+        if self.feedback and hasattr(self.prior, "reference"):
+            raise ValueError(
+                "feedback=True needs statistics that are means over all clients, and those of "
+                f"{type(self.prior).__name__} are over the clients whose gates are open: leave feedback out"
+            )
 
     def __str__(self) -> str:
         parts = [self.prior, self.inference, self.server, self.codec]
         text = " + ".join(re.sub(r" at 0x[0-9a-f]+", "", repr(part)) for part in parts)
-        return f"{self.name} = {re.sub(r', groups=[^+]*[)]', ')', text)} + {self.weighting} weights"
+        text = f"{self.name} = {re.sub(r', groups=[^+]*[)]', ')', text)} + {self.weighting} weights"
+        more = {"downlink": self.downlink, "delta": self.delta, "feedback": self.feedback}
+        return text + "".join(f" + {name}={value}" for name, value in more.items() if value)
 
     def bind(self, model: nn.Module, x: Tensor) -> Algorithm:
         """The algorithm for one model, whose inputs look like x."""
@@ -73,6 +105,13 @@ class Algorithm:
         """What one client uploads, before its weight."""
         message = getattr(self.prior, "message", None)
         return message(eta, q) if message else self.prior.stats(q).only(self.prior.uplink)
+
+    def reference(self, eta: Eta, sent: Stats) -> Stats:
+        """What is known of a message before any data were seen, in units of `sent.clients`."""
+        reference = getattr(self.prior, "reference", None)
+        if reference:
+            return reference(eta, sent)
+        return self.message(eta, self.inference.start(self.prior, eta)).weighted(sent.clients)
 
     def start(self, params: Params) -> tuple[Eta, Params]:
         """The first eta and the server step's first state."""

@@ -6,15 +6,25 @@ from collections.abc import Callable, Mapping
 
 from fedprior import inference, priors, server
 from fedprior.algorithm import Algorithm, Weighting
-from fedprior.codecs import Sparse
+from fedprior.codecs import Dense, Entropy, Sparse, TopK, ValueType
 
 
 def fedavg(
-    lr: float = 0.05, epochs: int = 1, batch_size: int | None = 20, weighting: Weighting = "examples"
+    lr: float = 0.05,
+    epochs: int = 1,
+    batch_size: int | None = 20,
+    weighting: Weighting = "examples",
+    value_type: ValueType = "float32",
+    entropy: Entropy = "none",
 ) -> Algorithm:
-    """McMahan et al. 2017, arXiv:1602.05629: a flat Gaussian prior, hard EM, a truncated E-step."""
-    e_step = inference.Point(lr, epochs, batch_size)
-    return Algorithm(priors.Gaussian(), e_step, weighting=weighting, name="fedavg")
+    """McMahan et al. 2017, arXiv:1602.05629: a flat Gaussian prior, hard EM, a truncated E-step.
+
+    `value_type` and `entropy` are those of both directions (codecs.Dense). Integers are steps of the largest value, so
+    the clients send theirs for the differences to eta.
+    """
+    e_step, codec = inference.Point(lr, epochs, batch_size), Dense(value_type, entropy)
+    delta = value_type.startswith("int")
+    return Algorithm(priors.Gaussian(), e_step, codec=codec, weighting=weighting, delta=delta, name="fedavg")
 
 
 def fedprox(
@@ -110,6 +120,29 @@ def grouplasso(
     return Algorithm(priors.GroupLasso(strength), e_step, codec=Sparse(), weighting=weighting, name="grouplasso")
 
 
+def topk(
+    lr: float = 0.05,
+    fraction: float = 0.05,
+    epochs: int = 1,
+    batch_size: int | None = 20,
+    weighting: Weighting = "examples",
+    value_type: ValueType = "float32",
+    entropy: Entropy = "zlib",
+) -> Algorithm:
+    """Stich et al. 2018, arXiv:1809.07599: FedAvg whose clients send the largest differences, and the rest later."""
+    e_step, codec = inference.Point(lr, epochs, batch_size), TopK(fraction, value_type, entropy)
+    return Algorithm(
+        priors.Gaussian(),
+        e_step,
+        codec=codec,
+        weighting=weighting,
+        downlink=Dense(),
+        delta=True,
+        feedback=True,
+        name="topk",
+    )
+
+
 ALGORITHMS: Mapping[str, Callable[..., Algorithm]] = {
-    f.__name__: f for f in (fedavg, fedprox, fedavgm, fedadagrad, fedadam, fedyogi, fedsparse, grouplasso)
+    f.__name__: f for f in (fedavg, fedprox, fedavgm, fedadagrad, fedadam, fedyogi, fedsparse, grouplasso, topk)
 }

@@ -238,7 +238,9 @@ def algorithms() -> None:
     table = Table("algorithm", "prior", "inference", "server", "codec", "weighting", "reference")
     for name, make in fedprior.ALGORITHMS.items():
         a = make()
-        parts = (_brief(part) for part in (a.prior, a.inference, a.server, a.codec))
+        parts = [_brief(part) for part in (a.prior, a.inference, a.server, a.codec)]
+        if a.downlink is not None:
+            parts[-1] += f" up, {_brief(a.downlink)} down"
         table.add_row(name, *parts, a.weighting, (getdoc(make) or "").splitlines()[0].split(": ")[0])
     _console().print(table)
 

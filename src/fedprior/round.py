@@ -6,7 +6,7 @@ import time
 from dataclasses import dataclass, field
 from functools import cached_property
 
-from fedprior import tree
+from fedprior import tree, wire
 from fedprior.algorithm import Algorithm
 from fedprior.codecs import PayloadError
 from fedprior.cohort import Availability
@@ -21,7 +21,7 @@ from fedprior.store import ClientStore
 class Upload:
     """What comes back from a client: a payload, or the reason why there is none.
 
-    The personal state does not travel in a real federation; here it is handed to the store.
+    The personal state (empty: none) does not travel in a real federation; here it is handed to the store.
     """
 
     index: int
@@ -29,7 +29,7 @@ class Upload:
     examples: int
     status: Status
     payload: bytes = b""
-    state: Params | None = None
+    state: Params = field(default_factory=dict)
     seconds: float = 0.0
 
 
@@ -61,7 +61,8 @@ class RoundWork:
     @cached_property
     def eta(self) -> Eta:
         """eta as the clients see it: decoded, once per process."""
-        message, _ = self.algorithm.codec.decode(self.down, self.down_schema)
+        codec = self.algorithm.downlink or self.algorithm.codec
+        message, _ = codec.decode(self.down, self.down_schema)
         return tree.unflatten(self.like, {k: v.to(self.device) for k, v in message.items()})
 
     def client(self, index: int) -> Upload:
@@ -79,28 +80,32 @@ class RoundWork:
             raise
         return Upload(client.index, client.name, examples, "ok", payload, state, time.perf_counter() - started)
 
-    def _train(self, client: Client) -> tuple[bytes, Params | None]:
-        """The E-step and the encoded statistics."""
+    def _train(self, client: Client) -> tuple[bytes, Params]:
+        """The E-step: the encoded statistics, and the next personal state."""
         if len(client.train) == 0:
             raise ValueError(f"client {client.name!r} has no training examples: leave it out of the population")
         on_device = Client(client.index, client.name, client.train.to(self.device), client.held_out)
         rng = generator(self.seed, self.number, client.index, "e_step")
-        state = self.store.load(client.index)
-        algorithm = self.algorithm
-        q, state = algorithm.inference.e_step(self.objective, algorithm.prior, self.eta, on_device, state, rng)
-        stats = algorithm.message(self.eta, q).weighted(algorithm.weight(client))
-        return algorithm.codec.encode(flat(stats), stats.clients), state
+        algorithm, state = self.algorithm, self.store.load(client.index)
+        own, residual = (wire.part(state, name, self.device) for name in ("e_step", "residual"))
+        q, own = algorithm.inference.e_step(self.objective, algorithm.prior, self.eta, on_device, own, rng)
+        stats, weight = algorithm.message(self.eta, q), algorithm.weight(client)
+        payload, residual = wire.encode(algorithm, self.eta, stats, weight, residual)
+        return payload, wire.join({"e_step": own, "residual": residual})
 
     def receive(self, upload: Upload) -> Stats | None:
-        """Decode and check; a payload that is refused is recorded with the reason, and the round goes on."""
+        """Decode and check; a payload that is refused is recorded with the reason, and the round goes on.
+
+        A client's personal state goes on with the server: it is that of the last upload that was accepted.
+        """
         status, reason, stats = upload.status, "", None
-        if upload.state is not None:
-            self.store.save(upload.index, self.number, upload.state)
         if status == "ok":
             try:
                 stats = self._decode(upload)
             except PayloadError as error:
                 status, reason = "rejected", str(PayloadError(error.reason, upload.client))
+        if stats is not None and upload.state:
+            self.store.save(upload.index, self.number, upload.state)
         self.records.append(
             ClientRecord(
                 upload.index,
@@ -116,22 +121,8 @@ class RoundWork:
         return stats
 
     def _decode(self, upload: Upload) -> Stats:
-        message, clients = self.algorithm.codec.decode(upload.payload, self.up_schema)
+        stats = wire.decode(self.algorithm, self.eta, upload.payload, self.up_schema, self.device)
         expected = float(upload.examples) if self.algorithm.weighting == "examples" else 1.0
-        if clients != expected:
-            raise PayloadError(f"count of clients is {clients}, and this client stands for {expected}")
-        return unflat({k: v.to(self.device) for k, v in message.items()}, clients)
-
-
-def flat(stats: Stats) -> Params:
-    """Statistics as one message: {"term/name": tensor}."""
-    return {f"{term}/{name}": v for term, params in stats.terms.items() for name, v in params.items()}
-
-
-def unflat(message: Params, clients: float) -> Stats:
-    """The inverse of `flat`."""
-    terms: dict[str, Params] = {}
-    for key, value in message.items():
-        term, name = key.split("/", 1)
-        terms.setdefault(term, {})[name] = value
-    return Stats(terms, clients)
+        if stats.clients != expected:
+            raise PayloadError(f"count of clients is {stats.clients}, and this client stands for {expected}")
+        return stats

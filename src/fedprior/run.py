@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import nn
 
-from fedprior import checkpoint, checks, tree
+from fedprior import checkpoint, checks, tree, wire
 from fedprior.algorithm import Algorithm
 from fedprior.codecs import schema_of
 from fedprior.cohort import Availability, sample
@@ -22,7 +22,7 @@ from fedprior.objective import Loss, Objective, PerExample
 from fedprior.progress import Progress
 from fedprior.records import RecordFile, Round
 from fedprior.result import Result
-from fedprior.round import RoundWork, flat
+from fedprior.round import RoundWork
 from fedprior.store import ClientStore, DiskStore, MemoryStore
 
 
@@ -157,7 +157,7 @@ class _Loop:
         eta, server = algorithm.start(objective.params())
         first = algorithm.message(eta, algorithm.inference.start(algorithm.prior, eta))
         algorithm.m_step(eta, first, server)  # what it reads and the message lacks shows here
-        up_schema = schema_of(flat(first))
+        up_schema = schema_of(wire.flat(first))
         return cls(
             algorithm,
             objective,
@@ -189,7 +189,7 @@ class _Loop:
             seed=self.seed,
             number=number,
             like=state.eta,
-            down=self.algorithm.codec.encode(message, 0.0),
+            down=(self.algorithm.downlink or self.algorithm.codec).encode(message, 0.0),
             down_schema=schema_of(message),
             up_schema=self.up_schema,
             device=self.device,

@@ -13,10 +13,12 @@ from __future__ import annotations
 
 import zlib
 from types import ModuleType
+from typing import Literal, get_args
 
 from fedprior.codecs.reader import PayloadError
 
-ENTROPIES = {"none": 0, "zlib": 1, "zstd": 2}
+Entropy = Literal["none", "zlib", "zstd"]
+ENTROPIES = {name: code for code, name in enumerate(get_args(Entropy))}
 
 _STRATEGIES = (zlib.Z_DEFAULT_STRATEGY, zlib.Z_HUFFMAN_ONLY)  # values that look random are better off without matches
 

@@ -20,6 +20,7 @@ import math
 import struct
 import zlib
 from dataclasses import dataclass
+from typing import Literal, get_args
 
 import numpy as np
 import torch
@@ -34,7 +35,8 @@ _FIELDS = struct.Struct("<4sBBH8sdI")
 _CRC = struct.Struct("<I")
 HEADER_BYTES = _FIELDS.size + _CRC.size
 
-VALUE_TYPES = {"float32": 1, "float64": 2, "bfloat16": 3, "int8": 4, "int4": 5, "int2": 6}
+ValueType = Literal["float32", "float64", "bfloat16", "int8", "int4", "int2"]
+VALUE_TYPES = {name: code for code, name in enumerate(get_args(ValueType), start=1)}
 
 
 def schema_of(message: Params) -> Schema:

@@ -43,6 +43,19 @@ class Reader:
             raise PayloadError(f"mask of {name} has bits beyond its {count} units")
         return np.unpackbits(packed, count=count).astype(bool)
 
+    def varints(self, count: int, longest: int, name: str) -> np.ndarray:
+        """The next `count` > 0 numbers as LEB128, in at most `longest` bytes."""
+        rest = np.frombuffer(self.body[self.start : self.start + longest], "u1")
+        ends = np.flatnonzero(rest < 128)[:count]
+        if len(ends) < count:
+            raise PayloadError(f"body ends within {name}, or they are too long")
+        digits = self.array("u1", int(ends[-1]) + 1, name)
+        starts = np.concatenate([[0], ends[:-1] + 1])
+        place = np.arange(digits.size) - np.repeat(starts, ends + 1 - starts)
+        if int(place.max()) > 8:
+            raise PayloadError(f"a number of {name} has more than 63 bits")
+        return np.add.reduceat((digits & 127).astype(np.int64) << 7 * place, starts)
+
     def finish(self) -> None:
         """A PayloadError if something is left."""
         if self.start != len(self.body):

@@ -125,6 +125,10 @@ class SpikeSlab:
         keep = tree.map(lambda keep: keep / t.clients, t["keep"])
         return self.Eta(tree.map(mean, eta.mean, self._opened(eta, t), t["z_phi"]), keep)
 
+    def reference(self, eta: Eta, sent: Stats) -> Stats:
+        """z w, with the gates that were sent: the difference z (phi - w) is zero where a gate is closed."""
+        return Stats({"z_phi": tree.map(torch.mul, self._opened(eta, sent), eta.mean)}, sent.clients)
+
     def point(self, eta: Eta) -> Params:
         """The shared weights times the gates at test time; those of removed units are zero."""
         return structure.close_gates(self.groups, tree.map(gates.at_test_time, eta.keep), eta.mean)

@@ -1,0 +1,99 @@
+r"""One client's message, from statistics to bytes and back.
+
+    t      the client's statistics, one client's worth        weight   how often the client counts
+    r(t)   what both sides know of them before any data were seen: Algorithm.reference, which is linear in t
+    e      what earlier payloads left out: the residual, in units of one client, 0 at first
+
+    client   d = t - r(t) + e           payload = encode(weight d)
+             e' = d - decode(payload) / weight
+    server   weight t ≈ decode(payload) + r,  r in units of `weight` clients
+
+Without `delta`, r = 0 and d = t; without `feedback`, e = 0. With feedback nothing is lost, only sent late:
+
+    sum over rounds of decode(payload) / weight  =  sum over rounds of (t - r)  -  the last e
+
+Terms that r does not have travel as they are, and have no residual. Both sides compute r from the same decoded eta, so
+that in exact arithmetic the server has what it would have had without deltas; in floating point, up to rounding.
+
+Seide et al. 2014 (1-bit SGD, Interspeech); Karimireddy et al. 2019, arXiv:1901.09847.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+
+from fedprior.algorithm import Algorithm
+from fedprior.codecs import PayloadError, schema_of
+from fedprior.core import Eta, Params, Schema, Stats
+
+
+def encode(
+    algorithm: Algorithm, eta: Eta, stats: Stats, weight: float, residual: Params | None = None
+) -> tuple[bytes, Params]:
+    """The payload and the next residual; none without feedback.
+
+    Args:
+        algorithm: its codec, delta and feedback.
+        eta: as the client decoded it.
+        stats: one client's message, before its weight.
+        weight: how often the client counts.
+        residual: the client's last one, flat; None for a new client.
+    """
+    message, residual = flat(stats), residual or {}
+    reference = flat(algorithm.reference(eta, stats)) if algorithm.delta else {}
+    message |= {k: message[k] - r for k, r in reference.items()}
+    message |= {k: message[k] + e for k, e in residual.items()}
+    payload = algorithm.codec.encode({k: weight * v for k, v in message.items()}, weight)
+    if not algorithm.feedback:
+        return payload, {}
+    try:
+        sent, _ = algorithm.codec.decode(payload, schema_of(message))
+    except PayloadError:  # the server refuses it as well, and says why; the client's state is not saved then
+        return payload, residual
+    return payload, {k: message[k] - sent[k].to(message[k].device) / weight for k in reference}
+
+
+def decode(algorithm: Algorithm, eta: Eta, payload: bytes, schema: Schema, device: str | torch.device = "cpu") -> Stats:
+    """The statistics of a client that counts `clients` times; a PayloadError for what is no valid payload.
+
+    Args:
+        algorithm: its codec and delta.
+        eta: as the clients decoded it, on `device`.
+        payload: what arrived.
+        schema: of every client's message.
+        device: of the statistics.
+    """
+    message, clients = algorithm.codec.decode(payload, schema)
+    stats = unflat({k: v.to(device) for k, v in message.items()}, clients)
+    if not algorithm.delta:
+        return stats
+    message = flat(stats)
+    return unflat(message | {k: message[k] + r for k, r in flat(algorithm.reference(eta, stats)).items()}, clients)
+
+
+def flat(stats: Stats) -> Params:
+    """Statistics as one message: {"term/name": tensor}."""
+    return {f"{term}/{name}": v for term, params in stats.terms.items() for name, v in params.items()}
+
+
+def unflat(message: Params, clients: float) -> Stats:
+    """The inverse of `flat`."""
+    terms: dict[str, Params] = {}
+    for key, value in message.items():
+        term, name = key.split("/", 1)
+        terms.setdefault(term, {})[name] = value
+    return Stats(terms, clients)
+
+
+def join(parts: Mapping[str, Params | None]) -> Params:
+    """The parts of a client's personal state as one: {"part/key": tensor}; an empty part is none."""
+    return {f"{part}/{key}": value for part, params in parts.items() for key, value in (params or {}).items()}
+
+
+def part(state: Params | None, name: str, device: str | torch.device = "cpu") -> Params | None:
+    """One part of a personal state, on `device`."""
+    prefix = f"{name}/"
+    own = {k.removeprefix(prefix): v.to(device) for k, v in (state or {}).items() if k.startswith(prefix)}
+    return own or None
