@@ -2,7 +2,17 @@
 
 from fedprior import codecs, data, engines, inference, models, posteriors, priors, server, tree
 from fedprior.algorithm import Algorithm
-from fedprior.algorithms import ALGORITHMS, fedadagrad, fedadam, fedavg, fedavgm, fedprox, fedsparse, fedyogi
+from fedprior.algorithms import (
+    ALGORITHMS,
+    fedadagrad,
+    fedadam,
+    fedavg,
+    fedavgm,
+    feddropout,
+    fedprox,
+    fedsparse,
+    fedyogi,
+)
 from fedprior.cohort import Availability
 from fedprior.core import Client, Examples, Params, Stats
 from fedprior.objective import Loss
@@ -31,6 +41,7 @@ __all__ = [
     "fedadam",
     "fedavg",
     "fedavgm",
+    "feddropout",
     "fedprox",
     "fedsparse",
     "fedyogi",

@@ -3,9 +3,15 @@
 Optional methods of a prior, each with the meaning it has when absent:
 
     bind(model, x) -> prior         look at the model before round one        (the prior itself)
-    message(eta, q) -> Stats        what one client uploads                   (the `uplink` terms of stats(q))
+    sample(eta, rng) -> eta_s       what one client receives                  (eta, the same payload for all)
+    cut(eta) -> Cut or None         what inference.Point trains of the model  (all of it)
+    message(eta_s, q) -> Stats      what one client uploads                   (the `uplink` terms of stats(q))
+    accept(eta_s, stats) -> Stats   what the server counts of an upload       (all of it)
     project(eta, before) -> eta     back to feasible values, after a step     (eta)
     deploy(eta, objective)          the model that is evaluated and exported  (objective, point(eta))
+
+eta_s is what the client was sent. `message` sees it as it was decoded, `accept` as the server drew it; `accept` raises
+a PayloadError to refuse the upload.
 """
 
 from __future__ import annotations
@@ -14,6 +20,7 @@ import re
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal, get_args
 
+import torch
 from torch import Tensor, nn
 
 from fedprior import tree
@@ -69,10 +76,25 @@ class Algorithm:
         """How often a client counts."""
         return float(len(client.train)) if self.weighting == "examples" else 1.0
 
+    @property
+    def samples(self) -> bool:
+        """Does every client receive an eta of its own?"""
+        return hasattr(self.prior, "sample")
+
+    def sample(self, eta: Eta, rng: torch.Generator) -> Eta:
+        """What one client receives; eta itself unless the prior draws one for each."""
+        sample = getattr(self.prior, "sample", None)
+        return sample(eta, rng) if sample else eta
+
     def message(self, eta: Eta, q: Any) -> Stats:
         """What one client uploads, before its weight."""
         message = getattr(self.prior, "message", None)
         return message(eta, q) if message else self.prior.stats(q).only(self.prior.uplink)
+
+    def accept(self, eta: Eta, stats: Stats) -> Stats:
+        """What the server counts of the weighted upload of a client that it had sent eta."""
+        accept = getattr(self.prior, "accept", None)
+        return accept(eta, stats) if accept else stats
 
     def start(self, params: Params) -> tuple[Eta, Params]:
         """The first eta and the server step's first state."""

@@ -98,6 +98,18 @@ def fedsparse(
     )
 
 
+def feddropout(
+    lr: float = 0.05,
+    rate: float = 0.5,
+    epochs: int = 1,
+    batch_size: int | None = 20,
+    weighting: Weighting = "examples",
+) -> Algorithm:
+    """Caldas et al. 2018, arXiv:1812.07210: every client has a random part of the model, 1 - rate of each layer."""
+    e_step = inference.Point(lr, epochs, batch_size)
+    return Algorithm(priors.Dropout(rate), e_step, codec=Sparse(), weighting=weighting, name="feddropout")
+
+
 ALGORITHMS: Mapping[str, Callable[..., Algorithm]] = {
-    f.__name__: f for f in (fedavg, fedprox, fedavgm, fedadagrad, fedadam, fedyogi, fedsparse)
+    f.__name__: f for f in (fedavg, fedprox, fedavgm, fedadagrad, fedadam, fedyogi, fedsparse, feddropout)
 }

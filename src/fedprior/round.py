@@ -21,13 +21,15 @@ from fedprior.store import ClientStore
 class Upload:
     """What comes back from a client: a payload, or the reason why there is none.
 
-    The personal state does not travel in a real federation; here it is handed to the store.
+    The personal state does not travel in a real federation; here it is handed to the store. `bytes_down` is the length
+    of the payload that the client was sent.
     """
 
     index: int
     client: str
     examples: int
     status: Status
+    bytes_down: int
     payload: bytes = b""
     state: Params | None = None
     seconds: float = 0.0
@@ -38,7 +40,8 @@ class RoundWork:
     """Round `number`, from the encoded eta to the sum's terms.
 
     Attributes:
-        down: the payload that every client of the cohort receives.
+        like: the server's eta.
+        down: the payload that every client of the cohort receives; empty if the prior draws an eta for each.
         down_schema: what eta's message looks like.
         up_schema: what a client's message must look like.
         records: filled by `receive`, one a client.
@@ -58,10 +61,21 @@ class RoundWork:
     device: str = "cpu"
     records: list[ClientRecord] = field(default_factory=list)
 
+    def sent(self, index: int) -> Eta:
+        """The eta of one client, by its own index, before it is encoded: drawn again whenever it is asked for."""
+        return self.algorithm.sample(self.like, generator(self.seed, self.number, index, "downlink"))
+
+    def downlink(self, index: int) -> bytes:
+        """The payload of one client. The server's work, here done where the client runs."""
+        return self.down or encode_eta(self.algorithm, self.sent(index))
+
     @cached_property
-    def eta(self) -> Eta:
-        """eta as the clients see it: decoded, once per process."""
-        message, _ = self.algorithm.codec.decode(self.down, self.down_schema)
+    def _common(self) -> Eta:
+        """eta as all clients see it: decoded, once per process."""
+        return self._received(self.down)
+
+    def _received(self, payload: bytes) -> Eta:
+        message, _ = self.algorithm.codec.decode(payload, self.down_schema)
         return tree.unflatten(self.like, {k: v.to(self.device) for k, v in message.items()})
 
     def client(self, index: int) -> Upload:
@@ -69,26 +83,28 @@ class RoundWork:
         client = self.population[index]
         examples = len(client.train)
         status = self.availability.status(self.seed, self.number, client.index, examples)
+        down = self.downlink(client.index)
         if status != "ok":
-            return Upload(client.index, client.name, examples, status)
+            return Upload(client.index, client.name, examples, status, len(down))
         started = time.perf_counter()
         try:
-            payload, state = self._train(client)
+            payload, state = self._train(client, down)
         except Exception as error:
             error.add_note(f"in round {self.number}, client {client.name!r} (index {client.index}), seed {self.seed}")
             raise
-        return Upload(client.index, client.name, examples, "ok", payload, state, time.perf_counter() - started)
+        seconds = time.perf_counter() - started
+        return Upload(client.index, client.name, examples, "ok", len(down), payload, state, seconds)
 
-    def _train(self, client: Client) -> tuple[bytes, Params | None]:
+    def _train(self, client: Client, down: bytes) -> tuple[bytes, Params | None]:
         """The E-step and the encoded statistics."""
         if len(client.train) == 0:
             raise ValueError(f"client {client.name!r} has no training examples: leave it out of the population")
         on_device = Client(client.index, client.name, client.train.to(self.device), client.held_out)
         rng = generator(self.seed, self.number, client.index, "e_step")
         state = self.store.load(client.index)
-        algorithm = self.algorithm
-        q, state = algorithm.inference.e_step(self.objective, algorithm.prior, self.eta, on_device, state, rng)
-        stats = algorithm.message(self.eta, q).weighted(algorithm.weight(client))
+        algorithm, eta = self.algorithm, self._common if down is self.down else self._received(down)
+        q, state = algorithm.inference.e_step(self.objective, algorithm.prior, eta, on_device, state, rng)
+        stats = algorithm.message(eta, q).weighted(algorithm.weight(client))
         return algorithm.codec.encode(flat(stats), stats.clients), state
 
     def receive(self, upload: Upload) -> Stats | None:
@@ -107,7 +123,7 @@ class RoundWork:
                 upload.client,
                 status,
                 upload.examples,
-                len(self.down),
+                upload.bytes_down,
                 len(upload.payload),
                 upload.seconds,
                 reason,
@@ -120,7 +136,13 @@ class RoundWork:
         expected = float(upload.examples) if self.algorithm.weighting == "examples" else 1.0
         if clients != expected:
             raise PayloadError(f"count of clients is {clients}, and this client stands for {expected}")
-        return unflat({k: v.to(self.device) for k, v in message.items()}, clients)
+        stats = unflat({k: v.to(self.device) for k, v in message.items()}, clients)
+        return self.algorithm.accept(self.sent(upload.index), stats)
+
+
+def encode_eta(algorithm: Algorithm, eta: Eta) -> bytes:
+    """The payload of one eta."""
+    return algorithm.codec.encode(tree.flatten(eta), 0.0)
 
 
 def flat(stats: Stats) -> Params:

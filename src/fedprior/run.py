@@ -22,7 +22,7 @@ from fedprior.objective import Loss, Objective, PerExample
 from fedprior.progress import Progress
 from fedprior.records import RecordFile, Round
 from fedprior.result import Result
-from fedprior.round import RoundWork, flat
+from fedprior.round import RoundWork, encode_eta, flat
 from fedprior.store import ClientStore, DiskStore, MemoryStore
 
 
@@ -156,7 +156,7 @@ class _Loop:
         algorithm = algorithm.bind(objective.model, clients[0].train.x[:1].to(device))
         eta, server = algorithm.start(objective.params())
         first = algorithm.message(eta, algorithm.inference.start(algorithm.prior, eta))
-        algorithm.m_step(eta, first, server)  # what it reads and the message lacks shows here
+        algorithm.m_step(eta, algorithm.accept(eta, first), server)  # what it reads and the message lacks shows here
         up_schema = schema_of(flat(first))
         return cls(
             algorithm,
@@ -179,7 +179,6 @@ class _Loop:
     def round(self, state: _State, test: Examples | None) -> tuple[_State, Round]:
         """One round: send eta, run the E-steps, sum, M-step, evaluate."""
         number, started = state.number + 1, time.perf_counter()
-        message = tree.flatten(state.eta)
         work = RoundWork(
             algorithm=self.algorithm,
             objective=self.objective,
@@ -189,8 +188,8 @@ class _Loop:
             seed=self.seed,
             number=number,
             like=state.eta,
-            down=self.algorithm.codec.encode(message, 0.0),
-            down_schema=schema_of(message),
+            down=b"" if self.algorithm.samples else encode_eta(self.algorithm, state.eta),
+            down_schema=schema_of(tree.flatten(state.eta)),
             up_schema=self.up_schema,
             device=self.device,
         )

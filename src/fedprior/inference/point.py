@@ -3,13 +3,14 @@ r"""Hard EM: the posterior is a point, found by a few epochs of SGD from the pri
     maximise  (1/N_s) sum_i log p(y_i | f(x_i; phi)) + (1/N_s) log p(phi | eta)
 
 A truncated search acts as a prior of its own, which is why FedAvg trains at precision 0.
+If the prior has `cut(eta)`, what it leaves of the model is cut out first (slim.py), and only that is trained.
 McMahan et al. 2017, arXiv:1602.05629, Algorithm 1 (ClientUpdate).
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -19,6 +20,7 @@ from fedprior import posteriors
 from fedprior.core import Client, Eta, Params, Prior
 from fedprior.inference.ascent import ascend, check_steps, detached, leaves
 from fedprior.objective import Objective
+from fedprior.slim import Cut
 
 
 @dataclass(frozen=True)
@@ -49,13 +51,21 @@ class Point:
     def e_step(
         self,
         objective: Objective,
-        prior: Prior,
+        prior: Any,
         eta: Eta,
         client: Client,
         state: Params | None,
         rng: torch.Generator,
     ) -> tuple[Any, Params | None]:
         """A few epochs from the prior's point; no personal state."""
+        cut: Cut | None = prior.cut(eta) if hasattr(prior, "cut") else None
+        if cut is None:
+            return posteriors.Point(self._train(objective, prior, eta, client, rng)), state
+        small_prior = replace(prior, groups=cut.small_groups)
+        phi = self._train(objective.cut(cut), small_prior, _small_eta(eta, cut), client, rng)
+        return posteriors.Point(cut.scatter(phi, prior.point(eta))), state
+
+    def _train(self, objective: Objective, prior: Prior, eta: Eta, client: Client, rng: torch.Generator) -> Params:
         phi, trained = leaves(objective, prior.point(eta))
         q = posteriors.Point(phi)
         examples = len(client.train)
@@ -67,4 +77,10 @@ class Point:
         objective.train()
         smallest = objective.smallest_batch
         ascend(bound, client.train, [make(trained)], self.epochs, self.batch_size, rng, smallest=smallest)
-        return posteriors.Point(detached(phi)), state
+        return detached(phi)
+
+
+def _small_eta(eta: Eta, cut: Cut) -> Eta:
+    """What is left of the fields of eta: those with a value per unit, and those shaped as the parameters."""
+    per_unit = {name for name in eta._fields if getattr(eta, name).keys() == cut.kept.keys()}
+    return type(eta)(**{k: cut.units(v) if k in per_unit else cut.gather(v) for k, v in eta._asdict().items()})

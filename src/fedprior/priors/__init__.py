@@ -1,7 +1,8 @@
 """Priors p(phi_s | eta), one file each."""
 
 from fedprior.priors.custom import Custom
+from fedprior.priors.dropout import Dropout
 from fedprior.priors.gaussian import Gaussian
 from fedprior.priors.spike_slab import SpikeSlab
 
-__all__ = ["Custom", "Gaussian", "SpikeSlab"]
+__all__ = ["Custom", "Dropout", "Gaussian", "SpikeSlab"]
