@@ -46,3 +46,7 @@ class Gated:
     def mean(self) -> Params:
         """The weights given open gates (the mode of q)."""
         return self.phi
+
+    def second_moment(self) -> Params:
+        """E[phi^2] given open gates, elementwise."""
+        return tree.map(torch.square, self.phi)

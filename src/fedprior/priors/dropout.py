@@ -20,9 +20,10 @@ k_g/n_g, and `init` divides by it, so that a run starts from the model it was gi
 
     E_z[f(x; part z of w)] = f(x; point)     for a linear f in which no path visits a group twice,
 
-and approximately for others, as with any dropout. Entries that no group owns or reads are FedAvg's.
+and approximately for others, as with any dropout; the running moments of a batch norm are those of parts, whose
+variance is not the whole model's: at high rates take a group norm. Entries that no group owns or reads are FedAvg's.
 
-Caldas, Konečný, McMahan, Talwalkar 2018, arXiv:1812.07210, section 3.2; the scale is that of Srivastava et al. 2014.
+Caldas, Konečný, McMahan, Talwalkar 2018, arXiv:1812.07210; the scale is that of Srivastava et al. 2014.
 """
 
 from __future__ import annotations
