@@ -1,8 +1,8 @@
-"""A toy personal algorithm: FedAvg whose clients count their own rounds, and let the count show in what they send."""
+"""E-steps around Point: one whose clients count their own rounds and let it show, and one that is watched."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -27,3 +27,20 @@ class Counting:
         q, _ = self.point.e_step(objective, prior, eta, client, None, rng)
         rounds = torch.ones(1) if state is None else state["rounds"] + 1
         return posteriors.Point({k: v + 0.001 * rounds for k, v in q.phi.items()}), {"rounds": rounds}
+
+
+@dataclass(frozen=True)
+class Watched:
+    """Point, and a list of (client's index, the eta that it received)."""
+
+    point: inference.Point
+    seen: list[tuple[int, Eta]] = field(default_factory=list, repr=False)
+
+    def start(self, prior: Prior, eta: Eta) -> posteriors.Point:
+        return self.point.start(prior, eta)
+
+    def e_step(
+        self, objective: Objective, prior: Prior, eta: Eta, client: Client, state: Params | None, rng: torch.Generator
+    ) -> tuple[Any, Params | None]:
+        self.seen.append((client.index, eta))
+        return self.point.e_step(objective, prior, eta, client, state, rng)

@@ -71,7 +71,7 @@ def test_a_client_whose_training_diverged() -> None:
     x = clients[1].train.x.clone()
     x[0, 0] = float("nan")
     sick = [*clients[:1], Client(1, "sick", Examples(x, clients[1].train.y)), *clients[2:]]
-    for algorithm in (fp.fedavg(0.1), fp.fedsparse(0.1)):
+    for algorithm in (fp.fedavg(0.1), fp.fedsparse(0.1), fp.feddropout(0.1)):
         result = fp.run(algorithm, model, sick, rounds=1)
         assert [(c.client, c.status) for c in result.history[0].lost()] == [("sick", "rejected")]
         assert "not finite" in result.history[0].lost()[0].reason

@@ -24,6 +24,7 @@ ALGORITHMS = [
     fp.fedadam(0.1),
     fp.fedyogi(0.1),
     fp.grouplasso(0.1, strength=0.06),
+    fp.feddropout(0.1),
     fp.fedsparse(0.1, lambda_0=0.3, gate_lr=0.4),
 ]
 algorithms = pytest.mark.parametrize("algorithm", ALGORITHMS, ids=lambda a: a.name)

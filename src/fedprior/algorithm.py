@@ -3,10 +3,15 @@
 Optional methods of a prior, each with the meaning it has when absent:
 
     bind(model, x) -> prior         look at the model before round one        (the prior itself)
-    message(eta, q) -> Stats        what one client uploads                   (the `uplink` terms of stats(q))
-    reference(eta, sent) -> Stats   what deltas are taken from: see below     (the message of inference.start)
-    project(eta, before) -> eta     back to feasible values, after a step     (eta)
+    sample(eta, rng) -> eta_s       what one client receives                  (eta, the same payload for all)
     cut(eta) -> Cut                 the units that are left of the model      (all of them)
+    message(eta_s, q) -> Stats      what one client uploads                   (the `uplink` terms of stats(q))
+    reference(eta_s, sent) -> Stats what deltas are taken from: see below     (the message of inference.start)
+    accept(eta_s, stats) -> Stats   what the server counts of an upload       (all of it)
+    project(eta, before) -> eta     back to feasible values, after a step     (eta)
+
+eta_s is what the client was sent. `message` sees it as it was decoded, `accept` as the server drew it; `accept` raises
+a PayloadError to refuse the upload.
 
 Deltas. Every term that `reference` returns is coded as its difference to it, every other term as it is. The reference
 may read the terms of `sent` that it does not return, if they are vectors, which every codec of ours carries as
@@ -20,9 +25,11 @@ import re
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal, get_args
 
+import torch
 from torch import Tensor, nn
 
 from fedprior import tree
+from fedprior.budget import Budget
 from fedprior.codecs import Dense, TopK
 from fedprior.core import Client, Codec, Eta, Inference, Params, Prior, ServerStep, Stats
 from fedprior.objective import Objective
@@ -47,6 +54,7 @@ class Algorithm:
             whose statistics are means of all clients: an entry behind a closed gate cannot be sent late.
         weighting: "uniform", one vote a client, as the hierarchical model says; or "examples", a client's
             statistics times its number of training examples, as McMahan's FedAvg does.
+        budget: bytes that a run may spend (budget.py); None for no limit.
         name: for tables and records.
     """
 
@@ -58,6 +66,7 @@ class Algorithm:
     downlink: Codec | None = None
     delta: bool = False
     feedback: bool = False
+    budget: Budget | None = None
     name: str = "custom"
 
     def __post_init__(self) -> None:
@@ -101,6 +110,16 @@ class Algorithm:
         """How often a client counts."""
         return float(len(client.train)) if self.weighting == "examples" else 1.0
 
+    @property
+    def samples(self) -> bool:
+        """Does every client receive an eta of its own?"""
+        return hasattr(self.prior, "sample")
+
+    def sample(self, eta: Eta, rng: torch.Generator) -> Eta:
+        """What one client receives; eta itself unless the prior draws one for each."""
+        sample = getattr(self.prior, "sample", None)
+        return sample(eta, rng) if sample else eta
+
     def message(self, eta: Eta, q: Any) -> Stats:
         """What one client uploads, before its weight."""
         message = getattr(self.prior, "message", None)
@@ -112,6 +131,11 @@ class Algorithm:
         if reference:
             return reference(eta, sent)
         return self.message(eta, self.inference.start(self.prior, eta)).weighted(sent.clients)
+
+    def accept(self, eta: Eta, stats: Stats) -> Stats:
+        """What the server counts of the weighted upload of a client that it had sent eta."""
+        accept = getattr(self.prior, "accept", None)
+        return accept(eta, stats) if accept else stats
 
     def start(self, params: Params) -> tuple[Eta, Params]:
         """The first eta and the server step's first state."""

@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 
 from fedprior import inference, priors, server
 from fedprior.algorithm import Algorithm, Weighting
+from fedprior.budget import Budget
 from fedprior.codecs import Dense, Entropy, Sparse, TopK, ValueType
 
 
@@ -93,19 +94,53 @@ def fedyogi(
 
 
 def fedsparse(
-    lr: float = 0.05,
-    lambda_0: float = 0.01,
-    gate_lr: float = 0.05,
-    precision: float = 0.0,
+    lr: float = 0.1,
+    density: float | None = None,
+    budget_mb: float | None = None,
+    lambda_0: float | None = None,
     epochs: int = 1,
     batch_size: int | None = 20,
-    weighting: Weighting = "uniform",
+    weighting: Weighting = "examples",
+    value_type: ValueType | None = None,
+    entropy: Entropy = "zlib",
+    gate_lr: float = 0.05,
+    precision: float = 0.0,
 ) -> Algorithm:
-    """Louizos et al. 2021, arXiv:2111.10192: a spike-and-slab prior with a gate per unit."""
-    e_step = inference.Gated(lr, epochs, batch_size, gate_lr)
-    return Algorithm(
-        priors.SpikeSlab(lambda_0, precision), e_step, codec=Sparse(), weighting=weighting, name="fedsparse"
-    )
+    """Louizos et al. 2021, arXiv:2111.10192: a spike-and-slab prior with a gate per unit, hence a smaller model.
+
+    At most one of the three: `density`, which fraction of the parameters is left (0.05 if none is given);
+    `budget_mb`, 10^6 bytes in both directions for all rounds, from which density and value type follow; `lambda_0`,
+    the price of a parameter in nats, with gates that each client samples and learns by Adam with rate `gate_lr`.
+    """
+    if sum(wish is not None for wish in (density, budget_mb, lambda_0)) > 1:
+        raise ValueError(
+            "density, budget_mb and lambda_0 each decide how small the model gets: give one of them, "
+            f"got {density}, {budget_mb} and {lambda_0}"
+        )
+    codec = Sparse() if value_type in (None, "float32") else Sparse(value_type, entropy)
+    delta = codec.value_type.startswith("int")
+    if lambda_0 is not None:
+        slab, gated = priors.SpikeSlab(lambda_0, precision), inference.Gated(lr, epochs, batch_size, gate_lr)
+        return Algorithm(slab, gated, codec=codec, weighting=weighting, delta=delta, name="fedsparse")
+    gains = inference.Gains(lr, epochs, batch_size)
+    if budget_mb is None:
+        shared = priors.SharedGates(0.05 if density is None else density, precision=precision)
+        return Algorithm(shared, gains, codec=codec, weighting=weighting, delta=delta, name="fedsparse")
+    budget = Budget(budget_mb, ("int8", "int4") if value_type is None else (value_type,), entropy)
+    shared = priors.SharedGates(None, precision=precision)
+    return Algorithm(shared, gains, codec=codec, weighting=weighting, delta=delta, budget=budget, name="fedsparse")
+
+
+def feddropout(
+    lr: float = 0.05,
+    rate: float = 0.5,
+    epochs: int = 1,
+    batch_size: int | None = 20,
+    weighting: Weighting = "examples",
+) -> Algorithm:
+    """Caldas et al. 2018, arXiv:1812.07210: every client has a random part of the model, 1 - rate of each layer."""
+    e_step = inference.Point(lr, epochs, batch_size)
+    return Algorithm(priors.Dropout(rate), e_step, codec=Sparse(), weighting=weighting, name="feddropout")
 
 
 def grouplasso(
@@ -144,5 +179,6 @@ def topk(
 
 
 ALGORITHMS: Mapping[str, Callable[..., Algorithm]] = {
-    f.__name__: f for f in (fedavg, fedprox, fedavgm, fedadagrad, fedadam, fedyogi, fedsparse, grouplasso, topk)
+    f.__name__: f
+    for f in (fedavg, fedprox, fedavgm, fedadagrad, fedadam, fedyogi, fedsparse, feddropout, grouplasso, topk)
 }

@@ -123,7 +123,8 @@ class Prior(Protocol):
     """p(phi_s | eta): five short methods, in this order, and the names of what travels.
 
     Optional methods, looked up by the functions of `algorithm.py` and described there:
-    `bind(model, x)`, `message(eta, q)`, `project(eta, before)`, `cut(eta)`.
+    `bind(model, x)`, `sample(eta, rng)`, `cut(eta)`, `message(eta, q)`, `reference(eta, sent)`, `accept(eta, stats)`,
+    `project(eta, before)`.
     """
 
     @property

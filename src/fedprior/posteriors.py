@@ -47,6 +47,10 @@ class Gated:
         """The weights given open gates (the mode of q)."""
         return self.phi
 
+    def second_moment(self) -> Params:
+        """E[phi^2] given open gates, elementwise."""
+        return tree.map(torch.square, self.phi)
+
 
 @dataclass(frozen=True)
 class Gains:

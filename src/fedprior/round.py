@@ -21,13 +21,15 @@ from fedprior.store import ClientStore
 class Upload:
     """What comes back from a client: a payload, or the reason why there is none.
 
-    The personal state (empty: none) does not travel in a real federation; here it is handed to the store.
+    The personal state (empty: none) does not travel in a real federation; here it is handed to the store. `bytes_down`
+    is the length of the payload that the client was sent.
     """
 
     index: int
     client: str
     examples: int
     status: Status
+    bytes_down: int
     payload: bytes = b""
     state: Params = field(default_factory=dict)
     seconds: float = 0.0
@@ -38,7 +40,8 @@ class RoundWork:
     """Round `number`, from the encoded eta to the sum's terms.
 
     Attributes:
-        down: the payload that every client of the cohort receives.
+        like: the server's eta.
+        down: the payload that every client of the cohort receives; empty if the prior draws an eta for each.
         down_schema: what eta's message looks like.
         up_schema: what a client's message must look like.
         records: filled by `receive`, one a client.
@@ -58,39 +61,55 @@ class RoundWork:
     device: str = "cpu"
     records: list[ClientRecord] = field(default_factory=list)
 
+    def sent(self, index: int) -> Eta:
+        """The eta of one client, by its own index, before it is encoded: drawn again whenever it is asked for."""
+        return self.algorithm.sample(self.like, generator(self.seed, self.number, index, "downlink"))
+
+    def downlink(self, index: int) -> bytes:
+        """The payload of one client. The server's work, here done where the client runs."""
+        return self.down or wire.encode_eta(self.algorithm, self.sent(index))
+
     @cached_property
-    def eta(self) -> Eta:
-        """eta as the clients see it: decoded, once per process."""
+    def _common(self) -> Eta:
+        """eta as all clients see it: decoded, once per process."""
+        return self._received(self.down)
+
+    def _received(self, payload: bytes) -> Eta:
         codec = self.algorithm.downlink or self.algorithm.codec
-        message, _ = codec.decode(self.down, self.down_schema)
+        message, _ = codec.decode(payload, self.down_schema)
         return tree.unflatten(self.like, {k: v.to(self.device) for k, v in message.items()})
+
+    def _eta(self, payload: bytes) -> Eta:
+        return self._common if payload is self.down else self._received(payload)
 
     def client(self, index: int) -> Upload:
         """Receive, train, send."""
         client = self.population[index]
         examples = len(client.train)
         status = self.availability.status(self.seed, self.number, client.index, examples)
+        down = self.downlink(client.index)
         if status != "ok":
-            return Upload(client.index, client.name, examples, status)
+            return Upload(client.index, client.name, examples, status, len(down))
         started = time.perf_counter()
         try:
-            payload, state = self._train(client)
+            payload, state = self._train(client, down)
         except Exception as error:
             error.add_note(f"in round {self.number}, client {client.name!r} (index {client.index}), seed {self.seed}")
             raise
-        return Upload(client.index, client.name, examples, "ok", payload, state, time.perf_counter() - started)
+        seconds = time.perf_counter() - started
+        return Upload(client.index, client.name, examples, "ok", len(down), payload, state, seconds)
 
-    def _train(self, client: Client) -> tuple[bytes, Params]:
+    def _train(self, client: Client, down: bytes) -> tuple[bytes, Params]:
         """The E-step: the encoded statistics, and the next personal state."""
         if len(client.train) == 0:
             raise ValueError(f"client {client.name!r} has no training examples: leave it out of the population")
         on_device = Client(client.index, client.name, client.train.to(self.device), client.held_out)
         rng = generator(self.seed, self.number, client.index, "e_step")
-        algorithm, state = self.algorithm, self.store.load(client.index)
+        algorithm, eta, state = self.algorithm, self._eta(down), self.store.load(client.index)
         own, residual = (wire.part(state, name, self.device) for name in ("e_step", "residual"))
-        q, own = algorithm.inference.e_step(self.objective, algorithm.prior, self.eta, on_device, own, rng)
-        stats, weight = algorithm.message(self.eta, q), algorithm.weight(client)
-        payload, residual = wire.encode(algorithm, self.eta, stats, weight, residual)
+        q, own = algorithm.inference.e_step(self.objective, algorithm.prior, eta, on_device, own, rng)
+        stats, weight = algorithm.message(eta, q), algorithm.weight(client)
+        payload, residual = wire.encode(algorithm, eta, stats, weight, residual)
         return payload, wire.join({"e_step": own, "residual": residual})
 
     def receive(self, upload: Upload) -> Stats | None:
@@ -112,7 +131,7 @@ class RoundWork:
                 upload.client,
                 status,
                 upload.examples,
-                len(self.down),
+                upload.bytes_down,
                 len(upload.payload),
                 upload.seconds,
                 reason,
@@ -121,8 +140,9 @@ class RoundWork:
         return stats
 
     def _decode(self, upload: Upload) -> Stats:
-        stats = wire.decode(self.algorithm, self.eta, upload.payload, self.up_schema, self.device)
+        eta = self._eta(self.downlink(upload.index))
+        stats = wire.decode(self.algorithm, eta, upload.payload, self.up_schema, self.device)
         expected = float(upload.examples) if self.algorithm.weighting == "examples" else 1.0
         if stats.clients != expected:
             raise PayloadError(f"count of clients is {stats.clients}, and this client stands for {expected}")
-        return stats
+        return self.algorithm.accept(self.sent(upload.index), stats)

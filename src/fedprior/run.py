@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import nn
 
-from fedprior import checkpoint, checks, tree, wire
+from fedprior import checkpoint, checks, planning, tree, wire
 from fedprior.algorithm import Algorithm
 from fedprior.codecs import schema_of
 from fedprior.cohort import Availability, sample
@@ -52,7 +52,7 @@ def run(
         algorithm: what to run, e.g. fedprior.fedavg(lr=0.05).
         model: the architecture and its initial parameters; it is copied.
         clients: a lazy population, or a list of Client.
-        rounds: total number of rounds, those before a resume included.
+        rounds: total number of rounds, those before a resume included; fewer are run if a budget is spent before.
         cohort: clients sampled a round without replacement; None for all.
         test: examples for the central evaluation.
         seed: all randomness of the run derives from it.
@@ -80,7 +80,9 @@ def run(
     checks.check_device(device)
     objective = Objective(model, loss, device)
     checks.check_fit(objective, clients, test, device)
-    loop = _Loop.build(algorithm, objective, clients, engine or Sequential(), availability, seed, cohort, device)
+    loop = _Loop.build(
+        algorithm, objective, clients, engine or Sequential(), availability, seed, rounds, cohort, device
+    )
     folder = None if out is None else Path(out)
     if resume and folder is None:
         raise ValueError("resume=True needs out=, the folder of the run to go on with")
@@ -93,8 +95,8 @@ def run(
             stack.callback(file.close)
         history = list(file.rounds) if file is not None else []
         bar = stack.enter_context(Progress(algorithm.name, rounds, progress, history))
-        while state.number < rounds:
-            last = state.number + 1 == rounds
+        while state.number < rounds and not loop.spent(history, 1):
+            last = state.number + 1 == rounds or loop.spent(history, 2)
             evaluated = test if last or (state.number + 1) % evaluate_every == 0 else None
             state, record = loop.round(state, evaluated)
             history.append(record)
@@ -146,6 +148,7 @@ class _Loop:
         engine: Engine,
         availability: Availability,
         seed: int,
+        rounds: int,
         cohort: int,
         device: str,
     ) -> _Loop:
@@ -154,9 +157,10 @@ class _Loop:
         setting |= {"availability": asdict(availability), "parameters": _shapes(objective.params())}
         setting |= {"data": checks.identity(clients), "loss": str(objective.loss)}
         algorithm = algorithm.bind(objective.model, clients[0].train.x[:1].to(device))
+        algorithm = planning.plan(algorithm, objective.params(), rounds, cohort)
         eta, server = algorithm.start(objective.params())
         first = algorithm.message(eta, algorithm.inference.start(algorithm.prior, eta))
-        algorithm.m_step(eta, first, server)  # what it reads and the message lacks shows here
+        algorithm.m_step(eta, algorithm.accept(eta, first), server)  # what it reads and the message lacks shows here
         up_schema = schema_of(wire.flat(first))
         return cls(
             algorithm,
@@ -171,6 +175,11 @@ class _Loop:
             setting,
         )
 
+    def spent(self, history: Sequence[Round], ahead: int) -> bool:
+        """Might `ahead` more rounds exceed the budget?"""
+        budget = self.algorithm.budget
+        return budget is not None and budget.spent(history, self.cohort, ahead)
+
     def first(self, store: ClientStore | None = None) -> _State:
         """The state before round one."""
         eta, server = self.algorithm.start(self.objective.params())
@@ -179,7 +188,6 @@ class _Loop:
     def round(self, state: _State, test: Examples | None) -> tuple[_State, Round]:
         """One round: send eta, run the E-steps, sum, M-step, evaluate."""
         number, started = state.number + 1, time.perf_counter()
-        message = tree.flatten(state.eta)
         work = RoundWork(
             algorithm=self.algorithm,
             objective=self.objective,
@@ -189,8 +197,8 @@ class _Loop:
             seed=self.seed,
             number=number,
             like=state.eta,
-            down=(self.algorithm.downlink or self.algorithm.codec).encode(message, 0.0),
-            down_schema=schema_of(message),
+            down=b"" if self.algorithm.samples else wire.encode_eta(self.algorithm, state.eta),
+            down_schema=schema_of(tree.flatten(state.eta)),
             up_schema=self.up_schema,
             device=self.device,
         )

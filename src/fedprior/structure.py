@@ -7,6 +7,7 @@ norms) and the slices that read it (columns of the next layers' weights). Every 
 
     z_j = z_g[unit of j] for the group g that owns entry j; 1 for an entry without owner      (`owned`)
     entry j is alive while its owner and every unit that it reads are alive                   (`alive`)
+    a weight j takes its input from the units that it reads: their z_g, without its owner's   (`inputs`)
 
 The dependency graph is torch-pruning's (Fang et al. 2023, arXiv:2301.12900).        [extra: sparse]
 """
@@ -15,7 +16,7 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -76,19 +77,26 @@ def owned(groups: Sequence[Group], gate: Mapping[str, Tensor], params: Params) -
         gate: group name -> (units,) values of z_g, or their expectations.
         params: for numbers of dimensions only.
     """
-    return _product(groups, gate, params, readers=False)
+    return _product(groups, gate, params, lambda m: m.out)
 
 
 def alive(groups: Sequence[Group], gate: Mapping[str, Tensor], params: Params) -> Params:
     """1 for entries of which no owner and no unit read is closed (z_g = 0), else 0; shapes as in `owned`."""
-    return _product(groups, {g: (z > 0).to(z) for g, z in gate.items()}, params, readers=True)
+    return _product(groups, {g: (z > 0).to(z) for g, z in gate.items()}, params, lambda m: True)
 
 
-def _product(groups: Sequence[Group], gate: Mapping[str, Tensor], params: Params, readers: bool) -> Params:
+def inputs(groups: Sequence[Group], gate: Mapping[str, Tensor], params: Params) -> Params:
+    """z_g of the units that weights take their input from; shapes as in `owned`. Running moments have no input."""
+    return _product(groups, gate, params, lambda m: not m.out and m.dim == 1)
+
+
+def _product(
+    groups: Sequence[Group], gate: Mapping[str, Tensor], params: Params, holds: Callable[[Member], bool]
+) -> Params:
     z: Params = {}
     for group in groups:
         for m in group.members:
-            if m.out or readers:
+            if holds(m):
                 along = m.spread(gate[group.name], params[m.name].ndim)
                 z[m.name] = z[m.name] * along if m.name in z else along
     return z

@@ -24,9 +24,15 @@ from collections.abc import Mapping
 
 import torch
 
+from fedprior import tree
 from fedprior.algorithm import Algorithm
 from fedprior.codecs import PayloadError, schema_of
 from fedprior.core import Eta, Params, Schema, Stats
+
+
+def encode_eta(algorithm: Algorithm, eta: Eta) -> bytes:
+    """The payload of one eta."""
+    return (algorithm.downlink or algorithm.codec).encode(tree.flatten(eta), 0.0)
 
 
 def encode(

@@ -3,6 +3,7 @@ r"""Hard EM: the posterior is a point, found by a few epochs of SGD from the pri
     maximise  (1/N_s) sum_i log p(y_i | f(x_i; phi)) + (1/N_s) log p(phi | eta)
 
 A truncated search acts as a prior of its own, which is why FedAvg trains at precision 0.
+If the prior has `cut(eta)`, what it leaves of the model is cut out first (slim.py), and only that is trained.
 McMahan et al. 2017, arXiv:1602.05629, Algorithm 1 (ClientUpdate).
 """
 
@@ -49,7 +50,7 @@ class Point:
     def e_step(
         self,
         objective: Objective,
-        prior: Prior,
+        prior: Any,
         eta: Eta,
         client: Client,
         state: Params | None,

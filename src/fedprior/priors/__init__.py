@@ -1,9 +1,10 @@
 """Priors p(phi_s | eta), one file each."""
 
 from fedprior.priors.custom import Custom
+from fedprior.priors.dropout import Dropout
 from fedprior.priors.gaussian import Gaussian
 from fedprior.priors.group_lasso import GroupLasso
 from fedprior.priors.shared_gates import SharedGates
 from fedprior.priors.spike_slab import SpikeSlab
 
-__all__ = ["Custom", "Gaussian", "GroupLasso", "SharedGates", "SpikeSlab"]
+__all__ = ["Custom", "Dropout", "Gaussian", "GroupLasso", "SharedGates", "SpikeSlab"]

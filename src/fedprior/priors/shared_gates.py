@@ -34,24 +34,26 @@ from fedprior.core import Params, Stats
 from fedprior.slim import Cut
 from fedprior.structure import Group
 
+_WIDER = 3.5
+
 
 @dataclass(frozen=True)
 class SharedGates:
     """Gates that the server decides by evidence, as many as a density allows.
 
     Attributes:
-        density: which fraction of the model's parameters is left in the end.
-        start: which fraction there is in round one: the same share of every group's units.
-        steps: how many rounds the way from start to density takes.
+        density: which fraction of the model's parameters is left in the end; None for what a budget affords.
+        start: which fraction there is in round one (selection.narrow); None for 3.5 times `density`.
+        steps: how many rounds the way from start to density takes; None for a quarter of the run.
         precision: pull of the clients' weights towards the server's; 0 is flat.
         memory: of the running mean of gains; 0 trusts the last round alone.
         groups: the model's units; empty until `bind` finds them.
         counted: names of the model's parameters, which density counts; empty until `bind`.
     """
 
-    density: float
-    start: float = 1.0
-    steps: int = 25
+    density: float | None
+    start: float | None = None
+    steps: int | None = None
     precision: float = 0.0
     memory: float = 0.5
     groups: tuple[Group, ...] = ()
@@ -67,15 +69,21 @@ class SharedGates:
         price: Params
 
     def __post_init__(self) -> None:
-        if not 0 < self.density <= self.start <= 1:
-            raise ValueError(
-                f"SharedGates needs 0 < density <= start <= 1, got density={self.density} and start={self.start}"
-            )
-        if self.steps < 1 or not 0 <= self.memory < 1 or not 0 <= self.precision < float("inf"):
+        density, start = self.density, self.start
+        if (density is not None and not 0 < density <= 1) or (start is not None and not (density or 0) <= start <= 1):
+            raise ValueError(f"SharedGates needs 0 < density <= start <= 1, got density={density} and start={start}")
+        bad_steps = self.steps is not None and self.steps < 1
+        if bad_steps or not 0 <= self.memory < 1 or not 0 <= self.precision < float("inf"):
             raise ValueError(
                 "SharedGates needs steps >= 1, 0 <= memory < 1 and a finite precision >= 0, "
                 f"got {self.steps}, {self.memory} and {self.precision}"
             )
+
+    def scheduled(self, rounds: int) -> SharedGates:
+        """The same prior with a start, and with steps for a run of so many rounds."""
+        assert self.density is not None
+        start = min(1.0, _WIDER * self.density) if self.start is None else self.start
+        return replace(self, start=start, steps=max(1, rounds // 4) if self.steps is None else self.steps)
 
     def bind(self, model: nn.Module, x: Tensor) -> SharedGates:
         """The same prior with the groups of a model."""
@@ -86,6 +94,8 @@ class SharedGates:
 
     def init(self, params: Params) -> Eta:
         """The narrow start."""
+        if self.start is None:
+            raise ValueError("SharedGates has no schedule yet: give density and start, or call scheduled(rounds)")
         total = sum(params[name].numel() for name in self.counted)
         keep = selection.narrow(self.groups, params, self.start * total, self.counted)
         price = {"lambda_0": next(iter(params.values())).new_zeros(())}
@@ -145,6 +155,18 @@ class SharedGates:
     def _allowed(self, eta: Eta) -> float:
         """How many parameters the next round may have, given those of this one."""
         shapes = {name: eta.mean[name].shape for name in self.counted}
-        left = selection.Live(self.groups, eta.keep, shapes).total()
         total = sum(shape.numel() for shape in shapes.values())
+        return self._next(selection.Live(self.groups, eta.keep, shapes).total(), total)
+
+    def _next(self, left: float, total: int) -> float:
+        assert self.density is not None and self.start is not None and self.steps is not None
         return max(self.density * total, left * (self.density / self.start) ** (1 / self.steps))
+
+    def schedule(self, eta: Eta, rounds: int) -> list[float]:
+        """How many parameters each round of a run may have, from the first eta."""
+        shapes = {name: eta.mean[name].shape for name in self.counted}
+        total = sum(shape.numel() for shape in shapes.values())
+        left: list[float] = [selection.Live(self.groups, eta.keep, shapes).total()]
+        while len(left) < rounds:
+            left.append(min(left[-1], self._next(left[-1], total)))
+        return left
