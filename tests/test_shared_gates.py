@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
 from torch import nn
@@ -132,7 +134,7 @@ def test_the_schedule_is_geometric_and_ends_at_the_density() -> None:
         eta = step(PRIOR, eta, ramp())
         counts.append(left(PRIOR, eta))
     factor = 0.3 ** (1 / 4)
-    for before, after in zip(counts[:4], counts[1:5], strict=True):
+    for before, after in itertools.pairwise(counts):
         assert after <= max(factor * before, 0.3 * total)
     assert counts[4] <= 0.3 * total and counts[4:] == [counts[4]] * 5
 
