@@ -23,6 +23,9 @@ ALGORITHMS = [
     fp.fedadagrad(0.1),
     fp.fedadam(0.1),
     fp.fedyogi(0.1),
+    replace(fp.fedavg(0.1, value_type="int4", entropy="zlib"), name="fedavg-int4"),
+    fp.topk(0.1, 0.2),
+    replace(fp.topk(0.1, 0.2, value_type="int8", weighting="uniform"), name="topk-int8"),
     fp.fedsparse(0.1, lambda_0=0.3, gate_lr=0.4),
 ]
 algorithms = pytest.mark.parametrize("algorithm", ALGORITHMS, ids=lambda a: a.name)

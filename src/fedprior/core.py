@@ -123,7 +123,7 @@ class Prior(Protocol):
     """p(phi_s | eta): five short methods, in this order, and the names of what travels.
 
     Optional methods, looked up by the functions of `algorithm.py` and described there:
-    `bind(model, x)`, `message(eta, q)`, `project(eta, before)`, `deploy(eta, objective)`.
+    `bind(model, x)`, `message(eta, q)`, `reference(eta, sent)`, `project(eta, before)`, `deploy(eta, objective)`.
     """
 
     @property
