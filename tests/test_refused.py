@@ -71,7 +71,8 @@ def test_a_client_whose_training_diverged() -> None:
     x = clients[1].train.x.clone()
     x[0, 0] = float("nan")
     sick = [*clients[:1], Client(1, "sick", Examples(x, clients[1].train.y)), *clients[2:]]
-    for algorithm in (fp.fedavg(0.1), fp.fedsparse(0.1), fp.feddropout(0.1)):
+    algorithms = (fp.fedavg(0.1), fp.fedavg(0.1, value_type="int8"), fp.fedsparse(0.1), fp.feddropout(0.1), fp.topk(0.1))
+    for algorithm in algorithms:
         result = fp.run(algorithm, model, sick, rounds=1)
         assert [(c.client, c.status) for c in result.history[0].lost()] == [("sick", "rejected")]
         assert "not finite" in result.history[0].lost()[0].reason
@@ -79,7 +80,7 @@ def test_a_client_whose_training_diverged() -> None:
         assert equal(result.params, fp.run(algorithm, model, well, rounds=1).params)
 
 
-@pytest.mark.parametrize("make", [fp.fedavg, fp.fedadam, fp.fedsparse], ids=lambda f: f.__name__)
+@pytest.mark.parametrize("make", [fp.fedavg, fp.fedadam, fp.fedsparse, fp.topk], ids=lambda f: f.__name__)
 def test_if_all_are_refused_eta_stays(make: Callable[..., fp.Algorithm]) -> None:
     clients, model = classification_clients(SIZES), fp.models.mlp(4, (5,), 3)
     result = fp.run(make(lr=1e30, epochs=4, batch_size=4), model, clients, rounds=2)
