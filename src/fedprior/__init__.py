@@ -5,6 +5,7 @@ from fedprior.algorithm import Algorithm
 from fedprior.algorithms import ALGORITHMS, fedadagrad, fedadam, fedavg, fedavgm, fedprox, fedsparse, fedyogi
 from fedprior.cohort import Availability
 from fedprior.core import Client, Examples, Params, Stats
+from fedprior.export import export, load_slim
 from fedprior.objective import Loss
 from fedprior.records import ClientRecord, Round
 from fedprior.result import Result
@@ -27,6 +28,7 @@ __all__ = [
     "codecs",
     "data",
     "engines",
+    "export",
     "fedadagrad",
     "fedadam",
     "fedavg",
@@ -35,6 +37,7 @@ __all__ = [
     "fedsparse",
     "fedyogi",
     "inference",
+    "load_slim",
     "models",
     "posteriors",
     "priors",
