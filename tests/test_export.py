@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import subprocess
 import sys
 import zipfile
 from dataclasses import replace
@@ -153,7 +154,7 @@ def test_load_slim_gives_the_module_back(name: str, tmp_path: Path) -> None:
 
 OTHERS = {
     "layers": (lambda: models.mlp(12, (7,), 3), "only one of the two has"),
-    "a narrower layer": (lambda: models.mlp(12, (7, 6), 2), r"5\.bias is \(3,\) .* in the file and \(2,\)"),
+    "a narrower layer": (lambda: models.mlp(12, (7, 6), 2), r"5\.weight is \(3, \d\) .* in the file and \(2, 6\)"),
     "another type": (lambda: models.mlp(12, (7, 6), 3).double(), "float32 in the file and .*float64 in the model"),
 }
 
@@ -283,3 +284,15 @@ def test_a_run_that_does_not_fit_its_toml(compared: Path, old: str, tmp_path: Pa
     assert old in toml.read_text()
     toml.write_text(toml.read_text().replace(old, new))
     assert text in refused("export", tmp_path)
+
+
+@pytest.mark.slow
+def test_the_benchmark_writes_every_cell(tmp_path: Path) -> None:
+    script = Path(__file__).parent.parent / "benchmarks" / "inference.py"
+    subprocess.run([sys.executable, script, "--seconds", "1", "--json", tmp_path / "a.json"], check=True)
+    numbers = json.loads((tmp_path / "a.json").read_text())
+    assert {(c["engine"], c["batch"]) for c in numbers["cells"]} == {
+        (e, b) for e in ("eager", "onnxruntime") for b in (1, 64)
+    }
+    assert all(c["ratio"] == c["dense_us"] / c["slim_us"] > 1 for c in numbers["cells"])
+    assert numbers["parameters_left"] < 0.05 * numbers["parameters"]

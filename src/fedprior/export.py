@@ -139,8 +139,8 @@ def load_slim(path: str | Path, model: nn.Module) -> nn.Module:
     if own.keys() != tensors.keys():
         names = ", ".join(sorted(own.keys() ^ tensors.keys()))
         raise ValueError(f"{path} is not of this {type(model).__name__}: only one of the two has {names}")
-    for name, value in tensors.items():
-        _check_fits(path, name, value, own[name], model.get_submodule(name.rpartition(".")[0]))
+    for name, value in own.items():
+        _check_fits(path, name, tensors[name], value, model.get_submodule(name.rpartition(".")[0]))
     smaller = {k: v.to(own[k].device) for k, v in tensors.items() if v.shape != own[k].shape}
     return Objective(resized(model, smaller)).module(tensors)
 
