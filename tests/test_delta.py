@@ -129,7 +129,12 @@ def custom() -> fp.priors.Custom:
     return priors.Custom(lambda eta, phi: -0.5 * tree.total(tree.map(lambda w, p: (p - w) ** 2, eta.mean, phi)), 0.7)
 
 
-NAMED = [fp.fedavg(0.1), fp.fedadam(0.1), fp.fedsparse(0.1, lambda_0=0.3, gate_lr=0.4), replace(fp.fedprox(0.1), prior=custom())]
+NAMED = [
+    fp.fedavg(0.1),
+    fp.fedadam(0.1),
+    fp.fedsparse(0.1, lambda_0=0.3, gate_lr=0.4),
+    replace(fp.fedprox(0.1), prior=custom()),
+]
 
 
 @pytest.mark.parametrize("weighting", ["uniform", "examples"])

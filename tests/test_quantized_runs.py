@@ -52,7 +52,9 @@ def test_fedsparse_with_deltas_is_no_longer_and_nearer_to_float32() -> None:
     clients = image_clients(3, 40)
 
     def run(codec, delta: bool) -> fp.Result:
-        algorithm = replace(fp.fedsparse(0.1, 0.03, 0.3, batch_size=8), codec=codec, delta=delta, downlink=Sparse())
+        algorithm = replace(
+            fp.fedsparse(0.1, lambda_0=0.03, gate_lr=0.3, batch_size=8), codec=codec, delta=delta, downlink=Sparse()
+        )
         return fp.run(algorithm, fp.models.lenet((6, 8), 16, 4, 16), clients, rounds=1)
 
     exact, plain, short = run(Sparse(), False), run(Sparse("int4"), False), run(Sparse("int4"), True)

@@ -71,7 +71,13 @@ def test_a_client_whose_training_diverged() -> None:
     x = clients[1].train.x.clone()
     x[0, 0] = float("nan")
     sick = [*clients[:1], Client(1, "sick", Examples(x, clients[1].train.y)), *clients[2:]]
-    algorithms = (fp.fedavg(0.1), fp.fedavg(0.1, value_type="int8"), fp.fedsparse(0.1), fp.feddropout(0.1), fp.topk(0.1))
+    algorithms = (
+        fp.fedavg(0.1),
+        fp.fedavg(0.1, value_type="int8"),
+        fp.fedsparse(0.1),
+        fp.feddropout(0.1),
+        fp.topk(0.1),
+    )
     for algorithm in algorithms:
         result = fp.run(algorithm, model, sick, rounds=1)
         assert [(c.client, c.status) for c in result.history[0].lost()] == [("sick", "rejected")]

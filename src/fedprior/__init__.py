@@ -17,6 +17,7 @@ from fedprior.algorithms import (
 )
 from fedprior.cohort import Availability
 from fedprior.core import Client, Examples, Params, Stats
+from fedprior.export import export, load_slim
 from fedprior.objective import Loss
 from fedprior.pruning import prune
 from fedprior.records import ClientRecord, Round
@@ -40,6 +41,7 @@ __all__ = [
     "codecs",
     "data",
     "engines",
+    "export",
     "fedadagrad",
     "fedadam",
     "fedavg",
@@ -50,6 +52,7 @@ __all__ = [
     "fedyogi",
     "grouplasso",
     "inference",
+    "load_slim",
     "models",
     "posteriors",
     "priors",

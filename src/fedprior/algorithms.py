@@ -117,18 +117,23 @@ def fedsparse(
             "density, budget_mb and lambda_0 each decide how small the model gets: give one of them, "
             f"got {density}, {budget_mb} and {lambda_0}"
         )
-    codec = Sparse() if value_type in (None, "float32") else Sparse(value_type, entropy)
+    value_types = (value_type,) if value_type else ("float32",) if budget_mb is None else ("int8", "int4")
+    codec = Sparse(value_types[0], "none" if value_types[0] == "float32" else entropy)
     delta = codec.value_type.startswith("int")
     if lambda_0 is not None:
         slab, gated = priors.SpikeSlab(lambda_0, precision), inference.Gated(lr, epochs, batch_size, gate_lr)
         return Algorithm(slab, gated, codec=codec, weighting=weighting, delta=delta, name="fedsparse")
-    gains = inference.Gains(lr, epochs, batch_size)
-    if budget_mb is None:
-        shared = priors.SharedGates(0.05 if density is None else density, precision=precision)
-        return Algorithm(shared, gains, codec=codec, weighting=weighting, delta=delta, name="fedsparse")
-    budget = Budget(budget_mb, ("int8", "int4") if value_type is None else (value_type,), entropy)
-    shared = priors.SharedGates(None, precision=precision)
-    return Algorithm(shared, gains, codec=codec, weighting=weighting, delta=delta, budget=budget, name="fedsparse")
+    if density is None and budget_mb is None:
+        density = 0.05
+    return Algorithm(
+        priors.SharedGates(density, precision=precision),
+        inference.Gains(lr, epochs, batch_size),
+        codec=codec,
+        weighting=weighting,
+        delta=delta,
+        budget=None if budget_mb is None else Budget(budget_mb, value_types),
+        name="fedsparse",
+    )
 
 
 def feddropout(

@@ -1,27 +1,25 @@
-"""The command line: run, compare, report, algorithms, data.
+"""The command line: run, compare, report, export here; algorithms and data in listings.py.
 
 What the user can mend is one line on stderr and exit code 2 (refusals.py).
 """
 
 from __future__ import annotations
 
+import json
 import sys
 import time
-from dataclasses import fields, is_dataclass
 from importlib.resources import files
 from importlib.util import find_spec
-from inspect import getdoc
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
 from rich.table import Table
 
 import fedprior
 from fedprior import compare as comparing
 from fedprior import config as configs
-from fedprior.data import available
+from fedprior import finished, listings
 from fedprior.records import read, warning
 from fedprior.refusals import interruptible, one_line
 from fedprior.run import RECORDS
@@ -231,46 +229,27 @@ def report(
     typer.echo(str(reporting.write(folder)))
 
 
-@app.command()
-@one_line
-def algorithms() -> None:
-    """The named algorithms, as prior + inference + server + codec + weighting."""
-    table = Table("algorithm", "prior", "inference", "server", "codec", "weighting", "reference")
-    for name, make in fedprior.ALGORITHMS.items():
-        a = make()
-        parts = [_brief(part) for part in (a.prior, a.inference, a.server, a.codec)]
-        if a.downlink is not None:
-            parts[-1] += f" up, {_brief(a.downlink)} down"
-        table.add_row(name, *parts, a.weighting, (getdoc(make) or "").splitlines()[0].split(": ")[0])
-    _console().print(table)
-
-
-def _brief(part: Any) -> str:
-    """The part's class, with the fields that are not at their defaults."""
-    named = fields(part) if is_dataclass(part) else ()
-    wanted = [f for f in named if f.default != getattr(part, f.name) and f.name not in ("lr", "epochs", "batch_size")]
-    return f"{type(part).__name__}({', '.join(f'{f.name}={getattr(part, f.name)}' for f in wanted)})"
-
-
-Name = Annotated[str, typer.Argument(help="Only this one; exit code 1 if it is not here.", show_default="all")]
-Silent = Annotated[bool, typer.Option("--quiet", help="No table, only the exit code.")]
+File = Annotated[Path | None, typer.Option(help="The file to write.", show_default="DIR/slim.FORMAT")]
+Format = Annotated[
+    str | None, typer.Option(help="safetensors, pt2 or onnx.", show_default="as --out ends, else safetensors")
+]
 
 
 @app.command()
 @one_line
-def data(name: Name = "", quiet: Silent = False) -> None:
-    """The data sets: which are here, where, and how to get the others."""
-    sources = available()
-    if name:
-        configs.known_name("data set", name, [source.name for source in sources])
-        sources = [source for source in sources if source.name == name]
-    table = Table("data set", "found", "where", "how to get it")
-    for source in sources:
-        table.add_row(source.name, "yes" if source.found else "no", source.where, source.how)
-    if not quiet:
-        _console().print(table)
-    if name and not sources[0].found:
-        raise typer.Exit(1)
+def export(
+    folder: Annotated[Path, typer.Argument(help="A finished run's folder.", metavar="DIR")],
+    format: Format = None,
+    out: File = None,
+) -> None:
+    """Write what is left of a finished run's model to one file, load it again, and compare the outputs."""
+    result, config = finished.load(folder)
+    about = {name: json.dumps(config.sections()[name]) for name in ("algorithm", "model")}
+    typer.echo(str(fedprior.export(result, out or folder / f"slim.{format or 'safetensors'}", format, about)))
+
+
+app.command()(one_line(listings.algorithms))
+app.command()(one_line(listings.data))
 
 
 def _print_rows(rows: list[comparing.Row]) -> None:
@@ -279,9 +258,4 @@ def _print_rows(rows: list[comparing.Row]) -> None:
         table.add_column(title, justify="right")
     for row in rows:
         table.add_row(*comparing.cells(row))
-    _console().print(table)
-
-
-def _console() -> Console:
-    """On stdout; wide where it is not a terminal. Without markup: [data] is the name of an extra."""
-    return Console(width=None if sys.stdout.isatty() else 140, markup=False)
+    listings.console().print(table)

@@ -93,6 +93,9 @@ class Objective:
 
     Floating-point buffers (running means of batch norm) are part of Params: they are averaged like
     parameters, but no gradient reaches them. The module given is copied to `device` and never changed.
+
+    Attributes:
+        kept: group -> units that are left, if the model was cut out of a larger one; else empty.
     """
 
     def __init__(
@@ -109,6 +112,7 @@ class Objective:
         self.smallest_batch = 2 if norms else 1  # a batch norm cannot be trained on one example
         self.buffers = frozenset(name for name in self.params() if name not in parameters)
         self._counters = {k: b.clone() for k, b in self.model.named_buffers() if not b.is_floating_point()}
+        self.kept: Mapping[str, tuple[int, ...]] = {}
         self._smaller: tuple[Cut, Objective] | None = None
         self.train(self.model.training)
 
@@ -139,7 +143,9 @@ class Objective:
         if not cut.removed:
             return self
         if self._smaller is None or self._smaller[0] != cut:
-            self._smaller = cut, Objective(slim(self.model, cut), self.loss)
+            smaller = Objective(slim(self.model, cut), self.loss)
+            smaller.kept = cut.kept
+            self._smaller = cut, smaller
         return self._smaller[1]
 
     def module(self, phi: Params) -> nn.Module:

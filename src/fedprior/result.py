@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
-from torch import nn
+from torch import Tensor, nn
 
 from fedprior.algorithm import Algorithm
-from fedprior.core import Eta, Params, Population
+from fedprior.core import Eta, Examples, Params, Population
 from fedprior.metrics import evaluate_clients
 from fedprior.objective import Objective
 from fedprior.records import Round, warning
@@ -22,12 +23,14 @@ class Result:
         objective: the model's architecture and its loss.
         eta: the prior's parameters after the last round.
         history: one record a round, with one record a client in each.
+        inputs: up to 64 real ones, shape (n, ...): an export is tried on them.
     """
 
     algorithm: Algorithm
     objective: Objective
     eta: Eta
     history: list[Round]
+    inputs: Tensor
 
     @property
     def params(self) -> Params:
@@ -38,6 +41,11 @@ class Result:
         """A copy of the model in evaluation mode; physically smaller if units were removed."""
         objective, params = self._deployed()
         return objective.module(params)
+
+    @property
+    def kept(self) -> Mapping[str, tuple[int, ...]]:
+        """Group -> numbers of the units that are left of it in `model()`; empty if no unit was removed."""
+        return self._deployed()[0].kept
 
     def _deployed(self) -> tuple[Objective, Params]:
         return self.algorithm.deploy(self.eta, self.objective)
@@ -117,3 +125,8 @@ class Result:
         )
         troubles = warning(self.history)
         return f"{line}\n  warning: {troubles}" if troubles else line
+
+
+def some_inputs(clients: Population, test: Examples | None) -> Tensor:
+    """Up to 64 inputs of the test set, else of the first client."""
+    return (clients[0].train if test is None else test).x[:64].to("cpu", copy=True)

@@ -21,7 +21,7 @@ from fedprior.metrics import evaluate
 from fedprior.objective import Loss, Objective, PerExample
 from fedprior.progress import Progress
 from fedprior.records import RecordFile, Round
-from fedprior.result import Result
+from fedprior.result import Result, some_inputs
 from fedprior.round import RoundWork
 from fedprior.store import ClientStore, DiskStore, MemoryStore
 
@@ -110,7 +110,7 @@ def run(
             bar.update(record)
             if on_round is not None:
                 on_round(record)
-    return Result(loop.algorithm, loop.objective, state.eta, history)
+    return Result(loop.algorithm, loop.objective, state.eta, history, some_inputs(clients, test))
 
 
 RECORDS = "records.jsonl"

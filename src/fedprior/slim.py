@@ -105,22 +105,30 @@ def slim(model: nn.Module, cut: Cut) -> nn.Module:
     Sizes that layers keep as attributes follow (out_features, num_groups, num_heads, ...); a `forward` that
     hard-codes a width, as in x.view(-1, 800), has to ask the layer instead.
     """
+    tensors = {k: v.detach() for k, v in [*model.named_parameters(), *model.named_buffers()]}
+    return resized(model, {name: cut.gather({name: tensors[name]})[name] for name in cut.touched})
+
+
+def resized(model: nn.Module, tensors: Params) -> nn.Module:
+    """A copy of the model with these parameters and buffers, of whatever size; layers' attributes follow."""
     small = copy.deepcopy(model)
-    tensors = {k: v.detach() for k, v in [*small.named_parameters(), *small.named_buffers()]}
-    for name in cut.touched:
-        value = cut.gather({name: tensors[name]})[name]
+    for name, value in tensors.items():
         owner, _, attribute = name.rpartition(".")
         layer = small.get_submodule(owner)
         if attribute in layer._parameters:
             before = layer._parameters[attribute]
             value = nn.Parameter(value, requires_grad=before is not None and before.requires_grad)
         setattr(layer, attribute, value)
-    owners = dict.fromkeys(name.rpartition(".")[0] for name in cut.touched)
+    owners = dict.fromkeys(name.rpartition(".")[0] for name in tensors)
     for owner in owners:
         _resize(small.get_submodule(owner))
     for parent in dict.fromkeys(owner.rpartition(".")[0] for owner in owners):
         _recount_heads(small.get_submodule(parent))
     return small
+
+
+SIZED = (nn.Linear, nn.Conv2d, nn.BatchNorm1d, nn.BatchNorm2d, nn.GroupNorm)
+"""The layers that can be resized."""
 
 
 def _resize(layer: nn.Module) -> None:

@@ -1,0 +1,54 @@
+"""A finished run, from the files in its folder (compare.py): the Result that `run` gave back."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+from fedprior import checkpoint, tree
+from fedprior import config as configs
+from fedprior.codecs import schema_of
+from fedprior.compare import TOML, build, holds_run
+from fedprior.config import Config
+from fedprior.objective import Objective
+from fedprior.records import read
+from fedprior.result import Result, some_inputs
+from fedprior.run import RECORDS
+
+
+def load(folder: Path) -> tuple[Result, Config]:
+    """The result of the run in `folder`, on the CPU, and its configuration.
+
+    Raises:
+        ValueError: for a folder without a run, with several, with one that is not finished, or whose files do not
+            belong together.
+    """
+    config = _config(folder)
+    saved = checkpoint.read(folder)
+    done = 0 if saved is None else saved.number
+    if saved is None or done < config.run.rounds:
+        again = f"fedprior run {folder / TOML} --resume {folder}"
+        raise ValueError(f"{folder} has {done} of {config.run.rounds} rounds; to finish it: {again}")
+    experiment = build(replace(config, run=replace(config.run, device="cpu")))
+    objective = Objective(experiment.model, experiment.loss)
+    algorithm = config.make_algorithm().bind(objective.model, experiment.clients[0].train.x[:1])
+    like, _ = algorithm.start(objective.params())
+    if dict(schema_of(tree.flatten(like))) != dict(schema_of(saved.eta)):
+        raise ValueError(f"the checkpoint in {folder} is not of the model and algorithm in its {TOML}")
+    inputs = some_inputs(experiment.clients, experiment.test)
+    result = Result(algorithm, objective, tree.unflatten(like, saved.eta), read(folder / RECORDS), inputs)
+    return result, config
+
+
+def _config(folder: Path) -> Config:
+    """run.toml, or why there is none."""
+    if (folder / TOML).exists():
+        return configs.read(folder / TOML)
+    if holds_run(folder):
+        raise ValueError(
+            f"{folder} was written by fedprior.run(out=...): it has no {TOML} that says what the model is. In Python, "
+            "run(..., resume=True) gives the finished run's result back, and fedprior.export(result, FILE) exports it"
+        )
+    if runs := sorted(str(path.parent) for path in folder.glob(f"*/{TOML}")):
+        raise ValueError(f"{folder} is a comparison; give one of its runs: {', '.join(runs)}")
+    raise ValueError(f"{folder} holds no run: it has no {TOML}")
