@@ -57,10 +57,19 @@ RUNS: Mapping[str, Run] = {
     "fedavg int4": whole(fp.fedavg, value_type="int4", entropy="zlib"),
     "top-k 1 %": whole(fp.topk, fraction=0.01),
     "top-k 10 %": whole(fp.topk, fraction=0.1),
+    "dropout 0.5": whole(fp.feddropout, rate=0.5),
+    "dropout 0.75": whole(fp.feddropout, rate=0.75),
     "group lasso": whole(fp.grouplasso, strength=1e-3),
     "dense 10-24-60": hand_sized(10, 24, 60),
     "dense 12-28-26": hand_sized(12, 28, 26),
     "dense 6-14-20": hand_sized(6, 14, 20),
+    "fedsparse 5 %": whole(fp.fedsparse, density=0.05),
+    "fedsparse 2 %": whole(fp.fedsparse, density=0.02),
+    "fedsparse 10 %": whole(fp.fedsparse, density=0.1),
+    "fedsparse 5 % int8": whole(fp.fedsparse, density=0.05, value_type="int8"),
+    "fedsparse 5 % int4": whole(fp.fedsparse, density=0.05, value_type="int4"),
+    "fedsparse 2 % int4": whole(fp.fedsparse, density=0.02, value_type="int4"),
+    "fedsparse gates": whole(fp.fedsparse, lambda_0=0.01),
 }
 ALPHA = {"fashion": 1.0, "skewed": 0.1}
 
