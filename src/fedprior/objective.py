@@ -9,8 +9,11 @@ the prior by N_s: both sides are then nats per example, and the balance is that 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -114,6 +117,7 @@ class Objective:
         self._counters = {k: b.clone() for k, b in self.model.named_buffers() if not b.is_floating_point()}
         self.kept: Mapping[str, tuple[int, ...]] = {}
         self._smaller: tuple[Cut, Objective] | None = None
+        self._held: Params | None = None
         self.train(self.model.training)
 
     def params(self) -> Params:
@@ -130,8 +134,39 @@ class Objective:
         self.model.train(mode)
         self._counting = {name: value.clone() for name, value in self._counters.items()}
 
+    @contextmanager
+    def holding(self, phi: Params) -> Iterator[None]:
+        """The model holds `phi` itself until the end of the block: `outputs(phi, x)` is then a plain call."""
+        values, before = {**phi, **self._counting}, []
+        for name, slot, key in self._slots:
+            if name in values:
+                before.append((slot, key, slot[key]))
+                slot[key] = values[name]
+        self._held = phi
+        try:
+            yield
+        finally:
+            self._held = None
+            for slot, key, value in before:
+                slot[key] = value
+
+    @cached_property
+    def _slots(self) -> list[tuple[str, dict[str, Any], str]]:
+        """Where the model keeps each parameter and buffer; a tied one has several places and one name."""
+        named = [*self.model.named_parameters(), *self.model.named_buffers()]
+        names = {id(value): name for name, value in named}
+        return [
+            (names[id(value)], slots, key)
+            for module in self.model.modules()
+            for slots in (module._parameters, module._buffers)
+            for key, value in slots.items()
+            if value is not None
+        ]
+
     def outputs(self, phi: Params, x: Tensor) -> Tensor:
         """f(x; phi). In training mode the buffers in `phi` are updated in place."""
+        if phi is self._held:
+            return self.model(x)
         return torch.func.functional_call(self.model, {**phi, **self._counting}, (x,))
 
     def log_lik(self, phi: Params, x: Tensor, y: Tensor) -> Tensor:

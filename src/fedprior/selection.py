@@ -2,39 +2,79 @@ r"""Which units to keep: as much gain as a number of parameters can buy.
 
     maximise  sum_g z_g gain_g    subject to  live(z) <= allowed,    z_g in {0, 1}
     live(z) = sum over parameters of prod_d n_d,    n_d = positions of dimension d that are left
-    greedy: while live > allowed, close the unit with the least  gain_g / (live(z) - live(z without g))
+    greedy: while live > allowed, close the unit with the least  gain_g / cost_g
+    cost_g = (live(z) - live(z without g)) / live(1) + a_g / sum_h a_h,    a_g = values that g puts out for an example
 
-The ratio of the last unit that was closed is the price of a parameter: the dual variable of the constraint, lambda_0.
-Greedy, by ratio, is optimal for the relaxation in which a part of a unit can be kept (Dantzig 1957), as long as the
-sizes do not depend on each other. Every group keeps its best unit.
+A cost is a share of the model's parameters, which are bytes, plus a share of its activations, which are time and
+memory: by parameters alone the first filters of a convolutional network are nearly free, and nearly all its time. The
+ratio of the last unit that was closed is the price lambda_0, in nats for the cost 1. Greedy by ratio is optimal for
+the relaxation in which a part of a unit can be kept (Dantzig 1957), if the cost is that of the constraint and does not
+depend on other units. Every group keeps its best unit.
 """
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Collection, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor, nn
 
 from fedprior import structure, tree
 from fedprior.core import Params
 from fedprior.structure import Group
 
 Key = tuple[str, int]
+_TINY = 1e-300
+
+
+def activations(groups: Sequence[Group], model: nn.Module, x: Tensor) -> Params:
+    """How many values each unit puts out for one example, over all layers that make it: group -> (units,).
+
+    Args:
+        groups: the model's units.
+        model: any module; it is run once, in evaluation mode.
+        x: example inputs, shape (n, ...); one is used.
+    """
+    model, positions = copy.deepcopy(model).eval(), {}
+    for name, layer in model.named_modules():
+        if isinstance(layer, nn.Linear | nn.Conv2d):
+
+            def count(layer: nn.Module, _: Any, output: Tensor, name: str = name) -> None:
+                positions[f"{name}.weight"] = output.numel() / len(layer.get_parameter("weight"))
+
+            layer.register_forward_hook(count)
+    with torch.no_grad():
+        model(x[:1])
+    made: Params = {g.name: torch.zeros(g.units) for g in groups}
+    for group in groups:
+        for m in (m for m in group.members if m.out and m.name in positions):
+            ones = torch.full((len(m.unit),), float(positions[m.name]))
+            made[group.name] = made[group.name] + m.per_unit(ones, group.units)
+    return made
 
 
 class Live:
-    """How many entries of the parameters are left, and how many go with each unit.
+    """How many entries of the parameters are left, and what goes with each unit.
 
     Args:
         groups: the model's units.
         keep: group -> (units,); 0 for units that are closed already.
         shapes: parameter -> shape; only these parameters count.
+        made: `activations` of the groups; None to cost parameters alone.
     """
 
-    def __init__(self, groups: Sequence[Group], keep: Params, shapes: Mapping[str, Sequence[int]]) -> None:
+    def __init__(
+        self, groups: Sequence[Group], keep: Params, shapes: Mapping[str, Sequence[int]], made: Params | None = None
+    ) -> None:
         self._shapes = shapes
+        self._all = sum(math.prod(shape) for shape in shapes.values())
+        made = made or {g.name: torch.zeros(g.units) for g in groups}
+        values = sum(float(a.sum()) for a in made.values())
+        self._made = {g: a.cpu().numpy() / max(values, 1) for g, a in made.items()}
         self.open = {g.name: keep[g.name].cpu().numpy() > 0 for g in groups}
         left: dict[Key, np.ndarray] = {}
         for group in groups:
@@ -65,10 +105,18 @@ class Live:
         names = {name for name, _ in held if name in self._shapes}
         return sum((self._entries(n, {}) - self._entries(n, held) for n in names), np.zeros(len(self.open[group]), int))
 
+    def shares(self, group: str) -> np.ndarray:
+        """cost_g of each unit of a group, (units,)."""
+        return self.costs(group) / self._all + self._made[group]
+
     def owned(self, group: Group) -> int:
         """Entries that the open units of a group own."""
         names = {m.name for m in group.members if m.out and m.name in self._shapes}
         return sum(int(self._entries(name, {})) for name in names)
+
+    def weight(self, group: Group) -> float:
+        """What a group owns and puts out, as shares of the model."""
+        return self.owned(group) / self._all + float(self._made[group.name][self.open[group.name]].sum())
 
     def close(self, group: str, unit: int) -> None:
         """Take one open unit out."""
@@ -78,7 +126,13 @@ class Live:
 
 
 def select(
-    groups: Sequence[Group], keep: Params, gain: Params, params: Params, allowed: float, counted: Collection[str]
+    groups: Sequence[Group],
+    keep: Params,
+    gain: Params,
+    params: Params,
+    allowed: float,
+    counted: Collection[str],
+    made: Params | None = None,
 ) -> tuple[Params, float]:
     """Close units of `keep` until at most `allowed` of the `counted` parameters are left.
 
@@ -89,11 +143,12 @@ def select(
         params: for shapes only.
         allowed: number of entries.
         counted: names of the parameters that count (buffers, say, do not).
+        made: `activations` of the groups; None to cost parameters alone.
 
     Returns:
-        The new `keep`, ones and zeros, and the price: gain per entry of the last unit closed, 0 if there was none.
+        The new `keep`, ones and zeros, and the price: gain per cost of the last unit closed, 0 if there was none.
     """
-    live = Live(groups, keep, {name: params[name].shape for name in counted})
+    live = Live(groups, keep, {name: params[name].shape for name in counted}, made)
     worth = {g: v.double().cpu().numpy() for g, v in gain.items()}
     price = 0.0
     while live.total() > allowed:
@@ -106,17 +161,21 @@ def select(
 
 
 def _cheapest(live: Live, worth: np.ndarray, group: str) -> tuple[float, str, int]:
-    """The open unit of a group with the least gain per entry; a ratio of infinity for a group's last unit."""
+    """The open unit of a group with the least gain per cost; a ratio of infinity for a group's last unit."""
     open_units = live.open[group]
     if open_units.sum() <= 1:
         return math.inf, group, -1
-    ratio = np.where(open_units, worth / np.maximum(live.costs(group), 1), math.inf)
+    ratio = np.where(open_units, worth / np.maximum(live.shares(group), _TINY), math.inf)
     unit = int(ratio.argmin())
     return float(ratio[unit]), group, unit
 
 
-def narrow(groups: Sequence[Group], params: Params, allowed: float, counted: Collection[str]) -> Params:
-    """A start without evidence: the group that owns the most parameters gives up its smallest unit, again and again.
+def narrow(
+    groups: Sequence[Group], params: Params, allowed: float, counted: Collection[str], made: Params | None = None
+) -> Params:
+    """A start without evidence: the group that weighs the most gives up its smallest unit, again and again.
+
+    A group weighs the share of the parameters that it owns plus the share of the activations that it makes.
 
     Large layers become the sparser ones, as in the Erdős-Rényi allocations of sparse training (Evci et al. 2020,
     arXiv:1911.11134, section 3).
@@ -126,16 +185,17 @@ def narrow(groups: Sequence[Group], params: Params, allowed: float, counted: Col
         params: the weights; a unit is small if the squares that it owns add up to little.
         allowed: stop at so many entries of the counted parameters (or at one unit a group).
         counted: names of the parameters that count.
+        made: `activations` of the groups; None to weigh parameters alone.
 
     Returns:
         Ones and zeros, group -> (units,).
     """
     like = next(iter(params.values()))
     keep = {g.name: like.new_ones(g.units) for g in groups}
-    live = Live(groups, keep, {name: params[name].shape for name in counted})
+    live = Live(groups, keep, {name: params[name].shape for name in counted}, made)
     squares = structure.sums(groups, tree.map(torch.square, params))
     smallest = {g: s.argsort(stable=True).tolist()[:-1] for g, s in squares.items()}
     while live.total() > allowed and any(smallest.values()):
-        group = max((g for g in groups if smallest[g.name]), key=live.owned)
+        group = max((g for g in groups if smallest[g.name]), key=live.weight)
         live.close(group.name, smallest[group.name].pop(0))
     return {g: torch.from_numpy(live.open[g]).to(v) for g, v in keep.items()}

@@ -47,6 +47,10 @@ class Member:
     def _index(self) -> Tensor:
         return torch.tensor(self.unit)
 
+    @cached_property
+    def _one_each(self) -> bool:
+        return self.unit == tuple(range(len(self.unit)))
+
     def along(self, gate: Tensor) -> Tensor:
         """A gate (units,) read at every position of `dim`; 1 where the group holds nothing."""
         return torch.cat([gate, gate.new_ones(1)])[self._index.to(gate.device)]
@@ -57,6 +61,8 @@ class Member:
 
     def per_unit(self, values: Tensor, units: int) -> Tensor:
         """Sums over each unit's positions of `values`, (positions,) -> (units,)."""
+        if self._one_each and len(values) == units:
+            return values
         return values.new_zeros(units + 1).index_add(0, self._index.to(values.device) % (units + 1), values)[:units]
 
 

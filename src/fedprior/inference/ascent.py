@@ -45,7 +45,7 @@ def batches(
 def ascend(
     bound: Callable[[Tensor, Tensor], Tensor],
     data: Examples,
-    optimizers: Sequence[torch.optim.Optimizer],
+    optimizers: Sequence[torch.optim.Optimizer | Descent],
     epochs: int,
     size: int | None,
     rng: torch.Generator,
@@ -69,14 +69,39 @@ def ascend(
 
 
 def leaves(objective: Objective, params: Params) -> tuple[Params, list[Tensor]]:
-    """A working copy of the parameters, and those of its tensors that are trained."""
-    phi = {k: v.detach().clone().requires_grad_(k in objective.trainable) for k, v in params.items()}
+    """A working copy of the parameters, and those of its tensors that are trained.
+
+    Convolutions are a third faster on a CPU with filters whose channels are last in memory.
+    """
+    layout = {k: torch.channels_last if v.ndim == 4 else torch.preserve_format for k, v in params.items()}
+    phi = {k: v.detach().clone(memory_format=layout[k]) for k, v in params.items()}
+    for k in objective.trainable:
+        phi[k].requires_grad_()
     return phi, [phi[k] for k in objective.trainable]
 
 
 def detached(params: Params) -> Params:
     """The same values, outside of autograd."""
     return {k: v.detach() for k, v in params.items()}
+
+
+class Descent:
+    """Plain SGD: what torch.optim.SGD computes without momentum, at a fraction of its overhead."""
+
+    def __init__(self, trained: Sequence[Tensor], lr: float) -> None:
+        self._trained, self._lr = trained, lr
+
+    def zero_grad(self) -> None:
+        """Forget the gradients."""
+        for value in self._trained:
+            value.grad = None
+
+    @torch.no_grad()
+    def step(self) -> None:
+        """One step against the gradients."""
+        for value in self._trained:
+            if value.grad is not None:
+                value.add_(value.grad, alpha=-self._lr)
 
 
 def check_steps(lr: float, epochs: int, batch_size: int | None) -> None:

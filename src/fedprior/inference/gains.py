@@ -24,9 +24,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fedprior import posteriors, structure
+from fedprior import posteriors
 from fedprior.core import Client, Eta, Params
-from fedprior.inference.ascent import ascend, check_steps, detached, leaves, what_is_left
+from fedprior.inference.ascent import Descent, ascend, check_steps, detached, leaves, what_is_left
 from fedprior.objective import Objective
 from fedprior.structure import Group
 
@@ -81,16 +81,11 @@ class Gains:
             slopes.append(_slopes(prior.groups, phi))
 
         objective.train()
-        ascend(
-            bound,
-            client.train,
-            [torch.optim.SGD(trained, lr=self.lr)],
-            self.epochs,
-            self.batch_size,
-            rng,
-            smallest=objective.smallest_batch,
-            before_step=watch,
-        )
+        smallest, optimizers = objective.smallest_batch, [Descent(trained, self.lr)]
+        with objective.holding(phi):
+            ascend(
+                bound, client.train, optimizers, self.epochs, self.batch_size, rng, smallest=smallest, before_step=watch
+            )
         half = 0.5 * examples * size
         gain = {g: half * torch.stack([s[g] for s in slopes]).square().mean(0) for g in nothing}
         return posteriors.Gains(detached(phi), gain)
@@ -99,6 +94,13 @@ class Gains:
 @torch.no_grad()
 def _slopes(groups: tuple[Group, ...], phi: Params) -> Params:
     """dL/dz_g = sum of phi_j dL/dphi_j over what g owns, up to the sign, group -> (units,)."""
-    own = {m.name: phi[m.name] for group in groups for m in group.members if m.out}
-    nothing = torch.zeros(())
-    return structure.sums(groups, {k: v * (nothing.expand_as(v) if v.grad is None else v.grad) for k, v in own.items()})
+    slopes: Params = {}
+    for group in groups:
+        for m in (m for m in group.members if m.out):
+            value, grad = phi[m.name], phi[m.name].grad
+            if grad is None:  # frozen
+                grad = torch.zeros_like(value)
+            along = torch.linalg.vecdot(value.flatten(1), grad.flatten(1)) if value.ndim > 1 else value * grad
+            part = m.per_unit(along, group.units)
+            slopes[group.name] = slopes[group.name] + part if group.name in slopes else part
+    return slopes

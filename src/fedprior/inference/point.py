@@ -18,7 +18,7 @@ from torch import Tensor
 
 from fedprior import posteriors
 from fedprior.core import Client, Eta, Params, Prior
-from fedprior.inference.ascent import ascend, check_steps, detached, leaves, what_is_left
+from fedprior.inference.ascent import Descent, ascend, check_steps, detached, leaves, what_is_left
 from fedprior.objective import Objective
 
 
@@ -71,8 +71,15 @@ class Point:
         def bound(x: Tensor, y: Tensor) -> Tensor:
             return objective.log_lik(phi, x, y) + prior.log_prob(eta, prior.stats(q)) / examples
 
-        make = self.optimizer or (lambda p: torch.optim.SGD(p, lr=self.lr, momentum=self.momentum))
         objective.train()
-        smallest = objective.smallest_batch
-        ascend(bound, client.train, [make(trained)], self.epochs, self.batch_size, rng, smallest=smallest)
+        smallest, optimizers = objective.smallest_batch, [self._optimizer(trained)]
+        with objective.holding(phi):
+            ascend(bound, client.train, optimizers, self.epochs, self.batch_size, rng, smallest=smallest)
         return detached(phi)
+
+    def _optimizer(self, trained: list[Tensor]) -> torch.optim.Optimizer | Descent:
+        if self.optimizer is not None:
+            return self.optimizer(trained)
+        return (
+            torch.optim.SGD(trained, lr=self.lr, momentum=self.momentum) if self.momentum else Descent(trained, self.lr)
+        )

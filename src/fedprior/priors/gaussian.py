@@ -50,8 +50,8 @@ class Gaussian:
         return self.Eta(params)
 
     def stats(self, q: Any) -> Stats:
-        """phi and its second moment."""
-        return Stats({"phi": q.mean(), "phi_sq": q.second_moment()})
+        """phi and, unless the prior is flat, its second moment."""
+        return Stats({"phi": q.mean()} | ({"phi_sq": q.second_moment()} if self.precision else {}))
 
     def log_prob(self, eta: Eta, t: Stats) -> Tensor:
         """-(precision/2) E|phi - w|^2 summed over clients."""

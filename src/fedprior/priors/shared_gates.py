@@ -90,7 +90,9 @@ class SharedGates:
         if self.groups:
             return self
         counted = tuple(name for name, _ in model.named_parameters())
-        return replace(self, groups=structure.groups(model, x), counted=counted)
+        groups = structure.groups(model, x)
+        made = {g: tuple(a.tolist()) for g, a in selection.activations(groups, model, x).items()}
+        return replace(self, groups=groups, counted=counted, made=made)
 
     def init(self, params: Params) -> Eta:
         """The narrow start."""
@@ -106,13 +108,14 @@ class SharedGates:
         return structure.apply(structure.alive(self.groups, keep, params), params)
 
     def stats(self, q: Any) -> Stats:
-        """phi, its square, and the gains."""
+        """phi, the gains and, unless the prior is flat, phi squared."""
         if not hasattr(q, "gain"):
             raise TypeError(
                 f"SharedGates needs a posterior with gains, and {type(q).__name__} has none. "
                 "Use inference.Gains(lr=..., epochs=...)."
             )
-        return Stats({"phi": q.phi, "gain": q.gain, "phi_sq": tree.map(torch.square, q.phi)})
+        squares = {"phi_sq": tree.map(torch.square, q.phi)} if self.precision else {}
+        return Stats({"phi": q.phi, "gain": q.gain} | squares)
 
     def log_prob(self, eta: Eta, t: Stats) -> Tensor:
         """-(precision/2) |phi - w|^2 summed over clients; z is the server's alone."""
