@@ -116,6 +116,10 @@ def drawn_gates(case: Case, rng: torch.Generator) -> posteriors.Gated:
     return posteriors.Gated(normal(rng, case.params), pi, z)
 
 
+def gains(case: Case, rng: torch.Generator) -> posteriors.Gains:
+    return posteriors.Gains(normal(rng, case.params), gates(case, rng))
+
+
 def bound(prior: Any, model: nn.Module, x: Tensor) -> dict[str, Any]:
     return {"prior": prior.bind(model, x), "params": Objective(model).params()}
 
@@ -135,6 +139,8 @@ PRIORS = [
     Case("spike-slab-conv-3", **bound(priors.SpikeSlab(0.1, 3.0), CONV, IMAGES), posterior=expected_gates),
     Case("group-lasso-mlp", **bound(priors.GroupLasso(0.1), MLP, VECTORS), posterior=point, curved=False),
     Case("group-lasso-conv-2", **bound(priors.GroupLasso(0.1, 2.0), CONV, IMAGES), posterior=point),
+    Case("shared-gates-mlp", **bound(priors.SharedGates(0.5, 0.8, 4), MLP, VECTORS), posterior=gains, curved=False),
+    Case("shared-gates-conv-3", **bound(priors.SharedGates(0.5, 0.8, 4, 3.0), CONV, IMAGES), posterior=gains),
     Case("dropout-mlp", **bound(priors.Dropout(), MLP, VECTORS), posterior=drawn_gates, curved=False),
     Case("dropout-mlp-3", **bound(priors.Dropout(0.5, 3.0), MLP, VECTORS), posterior=drawn_gates),
     Case("dropout-conv-3", **bound(priors.Dropout(0.5, 3.0), CONV, IMAGES), posterior=drawn_gates),

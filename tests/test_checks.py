@@ -176,8 +176,9 @@ def test_gates_weigh_the_prior_the_same_way(monkeypatch: pytest.MonkeyPatch) -> 
 
 def test_gated_training_moves_running_moments() -> None:
     net = nn.Sequential(nn.Linear(4, 6), nn.BatchNorm1d(6), nn.ReLU(), nn.Linear(6, 3))
-    result = fp.run(**arguments(model=net, algorithm=fp.fedsparse(lr=0.1), rounds=1))
-    assert not torch.equal(result.params["1.running_mean"], torch.zeros(6))
+    for options in ({"lambda_0": 0.01}, {"density": 1.0}):
+        result = fp.run(**arguments(model=net, algorithm=fp.fedsparse(lr=0.1, **options), rounds=1))
+        assert result.params["1.running_mean"].all()
 
 
 def test_evaluation_is_in_evaluation_mode_and_by_example() -> None:
@@ -229,12 +230,13 @@ def test_of_equally_bad_units_one_stays() -> None:
 def test_batch_norm_and_a_last_batch_of_one() -> None:
     net = nn.Sequential(nn.Linear(4, 6), nn.BatchNorm1d(6), nn.Linear(6, 3))
     clients = classification_clients((21, 11))
-    for algorithm in (fp.fedavg(batch_size=10), fp.fedsparse(batch_size=10)):
+    for algorithm in (fp.fedavg(batch_size=10), fp.fedsparse(batch_size=10), fp.fedsparse(batch_size=10, lambda_0=0.1)):
         assert "warning" not in fp.run(algorithm, net, clients, rounds=1).summary()
 
 
 def test_models_that_cannot_be_cut_everywhere() -> None:
     """Tied, parametrised and unscaled layers stay dense; frozen ones are gated; the rest of the model runs."""
+    learned = {"lambda_0": 5.0, "gate_lr": 0.5, "epochs": 10}
     tied = nn.Sequential(
         nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 5), nn.ReLU(), nn.Linear(5, 3)
     )
@@ -244,13 +246,14 @@ def test_models_that_cannot_be_cut_everywhere() -> None:
     normed = nn.utils.parametrizations.weight_norm(nn.Linear(4, 6))
     parametrised = nn.Sequential(normed, nn.ReLU(), nn.Linear(6, 5), nn.ReLU(), nn.Linear(5, 3))
     for model in (tied, unscaled, parametrised):
-        algorithm = fp.fedsparse(lr=0.1, lambda_0=5.0, gate_lr=0.5, epochs=10)
-        result = fp.run(algorithm, model, CLIENTS, rounds=6)
-        assert result.parameters_left < result.parameters
-        assert [g.units for g in result.algorithm.prior.groups] == [5]
+        for options in (learned, {"density": 0.3}):
+            result = fp.run(fp.fedsparse(lr=0.1, **options), model, CLIENTS, rounds=6)
+            assert result.parameters_left < result.parameters
+            assert [g.units for g in result.algorithm.prior.groups] == [5]
     frozen = nn.Sequential(nn.Linear(4, 6).requires_grad_(False), nn.ReLU(), nn.Linear(6, 3))
-    result = fp.run(fp.fedsparse(lr=0.1), frozen, CLIENTS, rounds=1)
-    assert torch.allclose(result.eta.mean["0.weight"], frozen[0].weight, atol=1e-6)
+    for options in ({"lambda_0": 0.01}, {"density": 1.0}):
+        result = fp.run(fp.fedsparse(lr=0.1, **options), frozen, CLIENTS, rounds=1)
+        assert torch.allclose(result.eta.mean["0.weight"], frozen[0].weight, atol=1e-6)
 
 
 def test_a_sublist_of_clients_keeps_its_states() -> None:

@@ -10,18 +10,22 @@ import pytest
 import torch
 
 import fedprior as fp
-from cases import PRIORS, Case, classification_clients, close, equal, normal
-from fedprior import Params, Stats, inference, posteriors, priors, tree, wire
+from cases import PRIORS, Case, classification_clients, close, equal, normal, point
+from fedprior import Params, Stats, inference, posteriors, priors, structure, tree, wire
 from fedprior.codecs import Dense, Sparse, TopK, schema_of
 from fedprior.rng import generator
+from learned_scale import LearnedScale
 
 GATED = [c for c in PRIORS if isinstance(c.prior, priors.SpikeSlab)]
+SHARED = [c for c in PRIORS if isinstance(c.prior, priors.SharedGates)]
+PARTS = [replace(c, posterior=point) for c in PRIORS if isinstance(c.prior, priors.Dropout)]
 CODECS = [Dense(), Dense("float64", "zlib"), Sparse(), Sparse("float64"), TopK(1.0), TopK(1.0, "float64")]
-prior_cases = pytest.mark.parametrize("case", PRIORS, ids=str)
+CASES = [c for c in PRIORS if not isinstance(c.prior, priors.Dropout)] + PARTS
+prior_cases = pytest.mark.parametrize("case", CASES, ids=str)
 
 
 def algorithm(case: Case, codec: Any, **more: Any) -> fp.Algorithm:
-    e_step = inference.Gated(0.1) if case in GATED else inference.Point(0.1)
+    e_step = inference.Gated(0.1) if case in GATED else inference.Gains(0.1) if case in SHARED else inference.Point(0.1)
     return fp.Algorithm(case.prior, e_step, codec=codec, downlink=Dense("float64"), **{"delta": True} | more)
 
 
@@ -36,6 +40,12 @@ def dyadic(value: Any) -> Any:
     return replace(value, **{f.name: rounded(getattr(value, f.name)) for f in fields(value)})
 
 
+def received(case: Case) -> Any:
+    """What a client is sent: eta, or its own part of it."""
+    made, eta = algorithm(case, Dense()), case.eta()
+    return made.sample(eta, generator(0, "downlink"))
+
+
 def arrived(made: fp.Algorithm, eta: Any, stats: Stats, weight: float) -> Stats:
     payload, residual = wire.encode(made, eta, stats, weight)
     assert residual == {}
@@ -47,7 +57,7 @@ def arrived(made: fp.Algorithm, eta: Any, stats: Stats, weight: float) -> Stats:
 @pytest.mark.parametrize("weight", [1.0, 3.0])
 def test_a_delta_arrives_as_the_plain_message(case: Case, codec: Any, weight: float) -> None:
     """With values of so few bits that nothing is rounded: not a bit of difference."""
-    made, eta = algorithm(case, codec), dyadic(case.eta())
+    made, eta = algorithm(case, codec), dyadic(received(case))
     stats = made.message(eta, dyadic(case.posterior(case, generator(0, "q"))))
     got, want = arrived(made, eta, stats, weight), stats.weighted(weight)
     assert got.clients == want.clients == weight and equal(wire.flat(got), wire.flat(want))
@@ -60,8 +70,8 @@ def test_the_error_is_that_of_the_delta(case: Case) -> None:
 
     SpikeSlab's reference z w is that of the gates as they arrive, and takes their rounding over.
     """
-    eta, weight = case.eta(), 7.0
-    stats = case.prior.stats(case.posterior(case, generator(0, "q"))).only(case.prior.uplink)
+    eta, weight = received(case), 7.0
+    stats = algorithm(case, Dense()).message(eta, case.posterior(case, generator(0, "q")))
     want = wire.flat(stats.weighted(weight))
     assert close(wire.flat(arrived(algorithm(case, Dense("float64")), eta, stats, weight)), want, 1e-14)
     made = algorithm(case, Dense())
@@ -125,6 +135,30 @@ def test_deltas_are_taken_from_the_eta_that_arrived(codec: Any) -> None:
     assert result.bytes_up == 2 * len(codec.encode({k: 0 * v for k, v in message.items()}, 0.0))
 
 
+def test_a_clients_deltas_are_taken_from_its_own_part() -> None:
+    """Idle clients that each hold a part of the model send zeros, and the server adds what that client was told."""
+    clients, model, downlink = classification_clients((4, 8, 5)), fp.models.mlp(4, (6,), 3), Sparse("int4")
+    codec = Sparse("int8", "zlib")
+    made = fp.Algorithm(priors.Dropout(), Idle(), codec=codec, downlink=downlink, delta=True)
+    result = fp.run(made, model, clients, rounds=1)
+    prior = result.algorithm.prior
+    before = prior.init({k: p.detach() for k, p in model.named_parameters()})
+    told, holders = tree.map(torch.zeros_like, before.mean), tree.map(torch.zeros_like, before.mean)
+    for client in clients:
+        sent = tree.flatten(prior.sample(before, generator(0, 1, client.index, "downlink")))
+        eta = tree.unflatten(before, downlink.decode(downlink.encode(sent, 0.0), schema_of(sent))[0])
+        told = tree.map(torch.add, told, eta.mean)
+        held = structure.alive(prior.groups, eta.keep, eta.mean)
+        holders = {k: v + (held[k] if k in held else 1.0) for k, v in holders.items()}
+    assert not any(c.status != "ok" for c in result.history[0].clients)
+    assert {float(v) for k in holders for v in holders[k].unique()} >= {1.0, 2.0}
+    for name, w in before.mean.items():
+        wanted = torch.where(holders[name] > 0, told[name] / holders[name].clamp(min=1), w)
+        assert torch.allclose(result.eta.mean[name], wanted, rtol=1e-6, atol=1e-7)
+    silent = codec.encode({f"phi/{k}": torch.zeros_like(v) for k, v in before.mean.items()}, 0.0)
+    assert [c.bytes_up for c in result.history[0].clients] == [len(silent)] * len(clients)
+
+
 def custom() -> fp.priors.Custom:
     return priors.Custom(lambda eta, phi: -0.5 * tree.total(tree.map(lambda w, p: (p - w) ** 2, eta.mean, phi)), 0.7)
 
@@ -133,6 +167,8 @@ NAMED = [
     fp.fedavg(0.1),
     fp.fedadam(0.1),
     fp.fedsparse(0.1, lambda_0=0.3, gate_lr=0.4),
+    fp.fedsparse(0.1, density=0.3),
+    fp.feddropout(0.1),
     replace(fp.fedprox(0.1), prior=custom()),
 ]
 
@@ -188,11 +224,12 @@ def test_near_convergence_a_rounded_delta_is_nearer(case: Case, value_type: str)
     assert 0 < error(True) < 0.05 * error(False)
 
 
+MEANS = (priors.Gaussian, priors.GroupLasso, LearnedScale)
 LOSSY = [TopK(0.2), TopK(0.1, "int8", "zlib"), Dense("int4"), Sparse("int2"), Dense("bfloat16")]
 
 
 @pytest.mark.parametrize("codec", LOSSY, ids=repr)
-@pytest.mark.parametrize("case", [c for c in PRIORS if c not in GATED], ids=str)
+@pytest.mark.parametrize("case", [c for c in PRIORS if isinstance(c.prior, MEANS)], ids=str)
 def test_feedback_telescopes(case: Case, codec: Any) -> None:
     """sum of decoded / weight + the last residual = sum of (t - r), exactly: values of few bits, weights 2^i."""
     case = replace(case, params={"w": torch.zeros(6, 5).double(), "b": torch.zeros(5).double()})

@@ -14,6 +14,7 @@ from torch import nn
 import fedprior as fp
 from cases import classification_clients, equal
 from fedprior import Client, Examples, Params, inference, priors, wire
+from fedprior.budget import Budget
 from fedprior.codecs import Dense, Sparse, TopK
 from fedprior.objective import Objective
 from fedprior.store import DiskStore
@@ -117,6 +118,7 @@ WRONG = [
     ({"downlink": TopK(0.1), "delta": True}, "downlink=Dense"),
     ({"feedback": True}, "delta=True as well"),
     ({"feedback": True, "delta": True, "prior": priors.SpikeSlab(0.1)}, "SpikeSlab are over the clients whose gates"),
+    ({"feedback": True, "delta": True, "prior": priors.Dropout()}, "Dropout are over the clients whose gates"),
 ]
 
 
@@ -131,6 +133,13 @@ def test_combinations_that_would_train_nothing_are_refused(more: dict[str, Any],
 def test_the_wire_is_part_of_an_algorithms_identity() -> None:
     """So that a run is not resumed with another one."""
     base = replace(fp.topk(), feedback=False)
-    others = [replace(base, **f) for f in ({"feedback": True}, {"downlink": Sparse()}, {"codec": TopK(0.2)})]
+    more = (
+        {"feedback": True},
+        {"downlink": Sparse()},
+        {"codec": TopK(0.2)},
+        {"budget": Budget(1)},
+        {"budget": Budget(2)},
+    )
+    others = [replace(base, **f) for f in more]
     plain = replace(fp.fedavg(), name="topk")
-    assert len({str(a) for a in (base, *others, plain, replace(plain, delta=True))}) == 6
+    assert len({str(a) for a in (base, *others, plain, replace(plain, delta=True))}) == 8

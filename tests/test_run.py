@@ -12,6 +12,7 @@ import torch
 import fedprior as fp
 from cases import classification_clients, equal, pooled, without_seconds
 from fedprior import Availability, records, tree
+from fedprior.codecs import Sparse
 
 CLIENTS = classification_clients((6, 5, 9, 4, 7))
 MODEL = fp.models.mlp(4, (6,), 3)
@@ -25,11 +26,13 @@ ALGORITHMS = [
     fp.fedyogi(0.1),
     fp.grouplasso(0.1, strength=0.06),
     fp.feddropout(0.1),
+    replace(fp.feddropout(0.1), codec=Sparse("int8", "zlib"), delta=True, name="feddropout-int8"),
     replace(fp.fedavg(0.1, value_type="int4", entropy="zlib"), name="fedavg-int4"),
     fp.topk(0.1, 0.2),
     replace(fp.topk(0.1, 0.2, value_type="int8", weighting="uniform"), name="topk-int8"),
     fp.fedsparse(0.1, lambda_0=0.3, gate_lr=0.4),
     fp.fedsparse(0.1, density=0.3),
+    replace(fp.fedsparse(0.1, density=0.3, value_type="int8"), name="fedsparse-int8"),
 ]
 algorithms = pytest.mark.parametrize("algorithm", ALGORITHMS, ids=lambda a: a.name)
 FLEET = Availability(dropout=0.2)

@@ -88,7 +88,7 @@ class Algorithm:
             raise ValueError("TopK would set most of what the clients learned to zero: write delta=True")
         if self.feedback and not self.delta:
             raise ValueError("feedback=True adds up differences: write delta=True as well")
-        if self.feedback and hasattr(self.prior, "reference"):
+        if self.feedback and (self.samples or hasattr(self.prior, "reference")):
             raise ValueError(
                 "feedback=True needs statistics that are means over all clients, and those of "
                 f"{type(self.prior).__name__} are over the clients whose gates are open: leave feedback out"
@@ -98,7 +98,7 @@ class Algorithm:
         parts = [self.prior, self.inference, self.server, self.codec]
         text = " + ".join(re.sub(r" at 0x[0-9a-f]+", "", repr(part)) for part in parts)
         text = f"{self.name} = {re.sub(r', groups=[^+]*[)]', ')', text)} + {self.weighting} weights"
-        more = {"downlink": self.downlink, "delta": self.delta, "feedback": self.feedback}
+        more = {"downlink": self.downlink, "delta": self.delta, "feedback": self.feedback, "budget": self.budget}
         return text + "".join(f" + {name}={value}" for name, value in more.items() if value)
 
     def bind(self, model: nn.Module, x: Tensor) -> Algorithm:

@@ -27,11 +27,13 @@ class Budget:
         if not 0 < self.mb < math.inf:
             raise ValueError(f"budget_mb must be a positive number of megabytes, got {self.mb}")
 
-    def spent(self, history: Sequence[Round], cohort: int, ahead: int = 1) -> bool:
-        """Might `ahead` more rounds, with payloads 5 % longer than the longest of the last one, exceed it?"""
-        if not history:
-            return False
-        clients = history[-1].clients
-        longest = max(c.bytes_down for c in clients) + max(c.bytes_up for c in clients)
+    def spent(self, history: Sequence[Round], cohort: int) -> bool:
+        """Might one more round exceed it, if all of its clients answer with payloads 5 % longer than the last ones?"""
         so_far = sum(r.bytes_down + r.bytes_up for r in history)
-        return so_far + ahead * _GROWTH * cohort * longest > self.mb * 1e6
+        return so_far + _GROWTH * cohort * (_last(history, "bytes_down") + _last(history, "bytes_up")) > self.mb * 1e6
+
+
+def _last(history: Sequence[Round], direction: str) -> int:
+    """The longest payload of the last round that has one: in some rounds nobody answers."""
+    longest = (max((getattr(c, direction) for c in r.clients), default=0) for r in reversed(history))
+    return next((length for length in longest if length), 0)

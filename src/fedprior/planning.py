@@ -1,23 +1,28 @@
 r"""What a budget of bytes affords: a density and a value type.
 
-    spend(density) = cohort * sum_t bytes_per_entry * live_t          both directions, t = 1 .. rounds
+    spend(density) = cohort * sum_t bytes(live_t)          both directions, t = 1 .. rounds
 
-`live_t` are the prior's schedule of parameters, and bytes_per_entry is measured: the lengths of the first round's
-payloads, encoded as they will be, over the entries in them. The plan is the largest density whose spend is at most
-0.95 of the budget, with the first value type at which that density is at least 0.02, else with the last one. What the
-plan cannot know, how well an entropy coder does later, the run watches (budget.py).
+`live_t` is the prior's schedule of parameters. bytes(live) is measured on models of the first, the middle and the last
+number of parameters, encoded as they will be, and linear in between: some bytes (masks, biases, gains) go with the
+units, not with the parameters. The plan is the largest density whose spend is at most 0.95 of the budget, with the
+first value type at which that density is at least 0.02, else with the last one. What the plan cannot know, how well an
+entropy coder does later, the run watches (budget.py).
 """
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from typing import Any, cast
 
-from fedprior import wire
-from fedprior.algorithm import Algorithm
-from fedprior.core import Params
+import numpy as np
 
-_SHARE, _ENOUGH, _LEAST = 0.95, 0.02, 1e-4
+from fedprior import posteriors, wire
+from fedprior.algorithm import Algorithm
+from fedprior.core import Eta, Params
+from fedprior.rng import generator
+
+_SHARE, _ENOUGH, _LEAST = 0.95, 0.02, 1e-6
 
 
 def plan(algorithm: Algorithm, params: Params, rounds: int, cohort: int) -> Algorithm:
@@ -30,28 +35,45 @@ def plan(algorithm: Algorithm, params: Params, rounds: int, cohort: int) -> Algo
         cohort: clients a round.
 
     Raises:
-        ValueError: if not even the smallest model fits.
+        ValueError: if not even the smallest model fits, or not even one round.
     """
     prior: Any = algorithm.prior
-    if not hasattr(prior, "scheduled"):
-        return algorithm
-    if prior.density is not None:
-        return replace(algorithm, prior=prior.scheduled(rounds))
+    if hasattr(prior, "scheduled") and prior.density is None:
+        return _affordable(algorithm, params, rounds, cohort)
+    planned = replace(algorithm, prior=prior.scheduled(rounds)) if hasattr(prior, "scheduled") else algorithm
+    if planned.budget is not None:
+        eta = planned.sample(planned.start(params)[0], generator(0, "plan"))
+        once = cohort * _bytes(planned, eta, planned.inference.start(planned.prior, eta))
+        if once > planned.budget.mb * 1e6:
+            raise ValueError(_too_small(planned, f"one round of {cohort} clients", "one needs", once))
+    return planned
+
+
+def _affordable(algorithm: Algorithm, params: Params, rounds: int, cohort: int) -> Algorithm:
+    """A density and a codec for a prior that has none."""
     if algorithm.budget is None:
         raise ValueError("a density of None is planned from a budget: write density=..., or Algorithm(budget=...)")
-    best, codec = None, cast(Any, algorithm.codec)
-    for value_type in algorithm.budget.value_types:
+    best, tried, codec = None, algorithm, cast(Any, algorithm.codec)
+    for value_type in algorithm.budget.value_types or (codec.value_type,):
         tried = replace(algorithm, codec=replace(codec, value_type=value_type), delta=value_type.startswith("int"))
         best = _largest(tried, params, rounds, cohort)
         if best is not None and cast(Any, best.prior).density >= _ENOUGH:
             return best
     if best is None:
-        least = _spend(_with(algorithm, _LEAST, rounds), params, rounds, cohort) / _SHARE / 1e6
-        raise ValueError(
-            f"budget_mb={algorithm.budget.mb:g} is too small for {rounds} rounds of {cohort} clients: the smallest "
-            f"model needs {least:.2f} MB. Give more, or fewer rounds, or a smaller cohort"
-        )
+        least = _spend(_with(tried, _LEAST, rounds), params, rounds, cohort) / _SHARE
+        what = f"{rounds} rounds of {cohort} clients"
+        raise ValueError(_too_small(algorithm, what, "the smallest model needs", least))
     return best
+
+
+def _too_small(algorithm: Algorithm, what: str, needs: str, least: float) -> str:
+    assert algorithm.budget is not None
+    unit = 10 ** (math.floor(math.log10(least)) - 2)
+    enough = math.ceil(least / unit) * unit / 1e6  # three digits, rounded up
+    return (
+        f"budget_mb={algorithm.budget.mb:g} is too small for {what}: {needs} {enough:.4g} MB. "
+        "Give more, or fewer rounds, or a smaller cohort"
+    )
 
 
 def _largest(algorithm: Algorithm, params: Params, rounds: int, cohort: int) -> Algorithm | None:
@@ -62,7 +84,7 @@ def _largest(algorithm: Algorithm, params: Params, rounds: int, cohort: int) -> 
     def fits(density: float) -> bool:
         return _spend(_with(algorithm, density, rounds), params, rounds, cohort) <= allowed
 
-    low, high = _LEAST, 1.0
+    low, high = _LEAST, cast(Any, algorithm.prior).start or 1.0
     if not fits(low):
         return None
     if fits(high):
@@ -81,9 +103,15 @@ def _with(algorithm: Algorithm, density: float, rounds: int) -> Algorithm:
 def _spend(algorithm: Algorithm, params: Params, rounds: int, cohort: int) -> float:
     """Bytes of a whole run, both directions."""
     prior: Any = algorithm.prior
-    eta = prior.init(params)
-    down = len(wire.encode_eta(algorithm, eta))
-    message = algorithm.message(eta, algorithm.inference.start(prior, eta))
-    up = len(algorithm.codec.encode(wire.flat(message), 1.0))
-    live = prior.schedule(eta, rounds)
-    return cohort * (down + up) * sum(live) / live[0]
+    live = prior.schedule(params, rounds)
+    measured = {}
+    for wanted in (live[-1], (live[0] * live[-1]) ** 0.5, live[0]):
+        eta = prior.supposed(params, wanted)
+        measured[prior.live(eta)] = _bytes(algorithm, eta, posteriors.Gains(eta.mean, eta.gain))
+    return cohort * float(np.interp(live, list(measured), list(measured.values())).sum())
+
+
+def _bytes(algorithm: Algorithm, eta: Eta, q: Any) -> int:
+    """Both directions of one client."""
+    up = algorithm.codec.encode(wire.flat(algorithm.message(eta, q)), 1.0)
+    return len(wire.encode_eta(algorithm, eta)) + len(up)

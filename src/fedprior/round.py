@@ -140,7 +140,7 @@ class RoundWork:
         return stats
 
     def _decode(self, upload: Upload) -> Stats:
-        eta = self._eta(self.downlink(upload.index))
+        eta = self._eta(self.downlink(upload.index)) if self.algorithm.delta else None  # nothing else asks for it
         stats = wire.decode(self.algorithm, eta, upload.payload, self.up_schema, self.device)
         expected = float(upload.examples) if self.algorithm.weighting == "examples" else 1.0
         if stats.clients != expected:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -61,7 +61,8 @@ def run(
         availability: simulated drop-outs and deadline; everybody answers if None.
         device: of parameters and training, e.g. "cuda".
         out: folder for records.jsonl, checkpoints and personal states; nothing is written if None.
-        resume: go on from `out`'s checkpoint; the result has the bits of a run that was never stopped.
+        resume: go on from `out`'s checkpoint; the result has the bits of a run that was never stopped. A density has
+            a schedule for `rounds`: with more rounds than before, the rest of the run follows the new one.
         checkpoint_every: rounds between checkpoints (the last round always has one).
         evaluate_every: rounds between evaluations (the last round always has one).
         progress: show a progress bar; None shows it on a terminal.
@@ -95,10 +96,12 @@ def run(
             stack.callback(file.close)
         history = list(file.rounds) if file is not None else []
         bar = stack.enter_context(Progress(algorithm.name, rounds, progress, history))
-        while state.number < rounds and not loop.spent(history, 1):
-            last = state.number + 1 == rounds or loop.spent(history, 2)
-            evaluated = test if last or (state.number + 1) % evaluate_every == 0 else None
-            state, record = loop.round(state, evaluated)
+        last = state.number == rounds or loop.spent(history)
+        while not last:
+            state, record = loop.round(state)
+            last = state.number == rounds or loop.spent([*history, record])
+            if test is not None and (last or state.number % evaluate_every == 0):
+                record = loop.evaluated(record, state, test)
             history.append(record)
             if folder is not None and file is not None:
                 file.append(record)
@@ -175,18 +178,18 @@ class _Loop:
             setting,
         )
 
-    def spent(self, history: Sequence[Round], ahead: int) -> bool:
-        """Might `ahead` more rounds exceed the budget?"""
+    def spent(self, history: Sequence[Round]) -> bool:
+        """Might one more round exceed the budget?"""
         budget = self.algorithm.budget
-        return budget is not None and budget.spent(history, self.cohort, ahead)
+        return budget is not None and budget.spent(history, self.cohort)
 
     def first(self, store: ClientStore | None = None) -> _State:
         """The state before round one."""
         eta, server = self.algorithm.start(self.objective.params())
         return _State(0, eta, server, store or MemoryStore())
 
-    def round(self, state: _State, test: Examples | None) -> tuple[_State, Round]:
-        """One round: send eta, run the E-steps, sum, M-step, evaluate."""
+    def round(self, state: _State) -> tuple[_State, Round]:
+        """One round: send eta, run the E-steps, sum, M-step."""
         number, started = state.number + 1, time.perf_counter()
         work = RoundWork(
             algorithm=self.algorithm,
@@ -205,21 +208,24 @@ class _Loop:
         total = self.engine.map_sum(work, sample(self.seed, number, len(self.clients), self.cohort))
         eta, server, kept = self._m_step(state, total)
         seconds = time.perf_counter() - started
-        started = time.perf_counter()
         deployed, params = self.algorithm.deploy(eta, self.objective)
-        metrics = {} if test is None else evaluate(deployed, params, test).means()
         record = Round(
             number=number,
             bytes_down=sum(c.bytes_down for c in work.records),
             bytes_up=sum(c.bytes_up for c in work.records),
             parameters_left=deployed.count(params),
             seconds=seconds,
-            seconds_evaluate=time.perf_counter() - started,
-            metrics=metrics,
+            seconds_evaluate=0.0,
             clients=tuple(work.records),
             kept_eta=kept,
         )
         return _State(number, eta, server, state.store), record
+
+    def evaluated(self, record: Round, state: _State, test: Examples) -> Round:
+        """The record with metrics of the model after the round."""
+        started = time.perf_counter()
+        metrics = evaluate(*self.algorithm.deploy(state.eta, self.objective), test).means()
+        return replace(record, metrics=metrics, seconds_evaluate=time.perf_counter() - started)
 
     def _m_step(self, state: _State, total: Stats | None) -> tuple[Eta, Params, str]:
         """The new eta and server state; the old ones, and why, if there is nothing to go by."""

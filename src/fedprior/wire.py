@@ -66,7 +66,7 @@ def decode(algorithm: Algorithm, eta: Eta, payload: bytes, schema: Schema, devic
 
     Args:
         algorithm: its codec and delta.
-        eta: as the clients decoded it, on `device`.
+        eta: as the client decoded it, on `device`; deltas alone ask for it.
         payload: what arrived.
         schema: of every client's message.
         device: of the statistics.

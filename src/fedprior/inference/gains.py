@@ -3,10 +3,10 @@ r"""Hard EM in the weights, and what each unit is worth: the evidence for its ga
     phi by SGD on  (1/N_s) sum_i log p(y_i | f(x_i; phi)) + (1/N_s) log_prob(eta, T), all gates of what is left open
     gain_g = log p(D_s | z_g = 1) - log p(D_s | z_g = 0)
            ≈ l'(1) - l''(1)/2                            l(z) = log p(D_s | phi with the entries of g times z)
-           ≈ (N_s B / 2) mean_b (dL_b/dz_g)^2            L_b = mean log-likelihood of mini-batch b, of B examples
+           ≈ (N_s / 2) mean_b B_b (dL_b/dz_g)^2          L_b = mean log-likelihood of mini-batch b, of B_b examples
 
 The second line is l(0) to second order; the third drops l', which is zero where phi is at its optimum, and takes
-Fisher's information for -l'': the variance of the batches' gradients times B estimates that of one example's. The
+Fisher's information for -l'': the variance of a batch's gradient times B_b estimates that of one example's. The
 gradient costs nothing more, dL/dz_g = sum_{j of g} phi_j dL/dphi_j, and no gate is sampled: no noise.
 Removed units are cut out first (slim.py): the client trains a model of the size of what is left.
 
@@ -69,11 +69,13 @@ class Gains:
         self, objective: Objective, prior: Any, eta: Eta, client: Client, rng: torch.Generator
     ) -> posteriors.Gains:
         phi, trained = leaves(objective, eta.mean)
-        examples, size = len(client.train), self.batch_size or len(client.train)
+        examples = len(client.train)
         nothing = {g: torch.zeros_like(z) for g, z in eta.keep.items()}
         slopes: list[Params] = []
+        sizes: list[int] = []
 
         def bound(x: Tensor, y: Tensor) -> Tensor:
+            sizes.append(len(x))
             prior_term = prior.log_prob(eta, prior.stats(posteriors.Gains(phi, nothing)))
             return objective.log_lik(phi, x, y) + prior_term / examples
 

@@ -98,10 +98,17 @@ class SharedGates:
         """The narrow start."""
         if self.start is None:
             raise ValueError("SharedGates has no schedule yet: give density and start, or call scheduled(rounds)")
-        total = sum(params[name].numel() for name in self.counted)
-        keep = selection.narrow(self.groups, params, self.start * total, self.counted)
-        price = {"lambda_0": next(iter(params.values())).new_zeros(())}
-        return self.Eta(self._left(keep, params), keep, tree.map(torch.zeros_like, keep), price)
+        eta = self.supposed(params, self.start * self._total(params))
+        return eta._replace(gain=tree.map(torch.zeros_like, eta.gain))
+
+    def supposed(self, params: Params, left: float) -> Eta:
+        """An eta of at most `left` parameters whose gains are made up: as long on the wire as a real one."""
+        keep = selection.narrow(self.groups, params, left, self.counted)
+        gain = tree.map(torch.mul, structure.sums(self.groups, tree.map(torch.square, params)), keep)
+        return self.Eta(self._left(keep, params), keep, gain, {"lambda_0": next(iter(params.values())).new_zeros(())})
+
+    def _total(self, params: Params) -> int:
+        return sum(params[name].numel() for name in self.counted)
 
     def _left(self, keep: Params, params: Params) -> Params:
         """The weights without those of removed units."""
@@ -150,26 +157,23 @@ class SharedGates:
         m, keep, price = self.memory, before.keep, before.price
         gain = tree.map(lambda new, old, z: (m * old + (1 - m) * new) * z, eta.gain, before.gain, keep)
         if any(bool(g.any()) for g in gain.values()):
-            allowed = self._allowed(before)
+            allowed = self._allowed(self.live(before), eta.mean)
             keep, ratio = selection.select(self.groups, keep, gain, eta.mean, allowed, self.counted)
-            price = {"lambda_0": torch.full_like(price["lambda_0"], ratio)}
+            price = {"lambda_0": torch.full_like(price["lambda_0"], ratio)} if ratio else price
         return self.Eta(self._left(keep, eta.mean), keep, tree.map(torch.mul, gain, keep), price)
 
-    def _allowed(self, eta: Eta) -> float:
+    def live(self, eta: Eta) -> int:
+        """How many parameters are left."""
+        return selection.Live(self.groups, eta.keep, {name: eta.mean[name].shape for name in self.counted}).total()
+
+    def _allowed(self, left: float, params: Params) -> float:
         """How many parameters the next round may have, given those of this one."""
-        shapes = {name: eta.mean[name].shape for name in self.counted}
-        total = sum(shape.numel() for shape in shapes.values())
-        return self._next(selection.Live(self.groups, eta.keep, shapes).total(), total)
-
-    def _next(self, left: float, total: int) -> float:
         assert self.density is not None and self.start is not None and self.steps is not None
-        return max(self.density * total, left * (self.density / self.start) ** (1 / self.steps))
+        return max(self.density * self._total(params), left * (self.density / self.start) ** (1 / self.steps))
 
-    def schedule(self, eta: Eta, rounds: int) -> list[float]:
-        """How many parameters each round of a run may have, from the first eta."""
-        shapes = {name: eta.mean[name].shape for name in self.counted}
-        total = sum(shape.numel() for shape in shapes.values())
-        left: list[float] = [selection.Live(self.groups, eta.keep, shapes).total()]
+    def schedule(self, params: Params, rounds: int) -> list[float]:
+        """How many parameters each round of a run may have, given the model's."""
+        left: list[float] = [self.live(self.init(params))]
         while len(left) < rounds:
-            left.append(min(left[-1], self._next(left[-1], total)))
+            left.append(min(left[-1], self._allowed(left[-1], params)))
         return left
