@@ -3,9 +3,9 @@ r"""Which units to keep: as much gain as a number of parameters can buy.
     maximise  sum_g z_g gain_g    subject to  live(z) <= allowed,    z_g in {0, 1}
     live(z) = sum over parameters of prod_d n_d,    n_d = positions of dimension d that are left
     greedy: while live > allowed, close the unit with the least  gain_g / cost_g
-    cost_g = (live(z) - live(z without g)) / live(1) + a_g / sum_h a_h,    a_g = values that g puts out for an example
+    cost_g = (live(z) - live(z without g)) / live(1) + (1/2) a_g / sum_h a_h,    a_g = values that g puts out an example
 
-A cost is a share of the model's parameters, which are bytes, plus a share of its activations, which are time and
+A cost is a share of the model's parameters, which are bytes, plus half a share of its activations, which are time and
 memory: by parameters alone the first filters of a convolutional network are nearly free, and nearly all its time. The
 ratio of the last unit that was closed is the price lambda_0, in nats for the cost 1. Greedy by ratio is optimal for
 the relaxation in which a part of a unit can be kept (Dantzig 1957), if the cost is that of the constraint and does not
@@ -74,7 +74,7 @@ class Live:
         self._all = sum(math.prod(shape) for shape in shapes.values())
         made = made or {g.name: torch.zeros(g.units) for g in groups}
         values = sum(float(a.sum()) for a in made.values())
-        self._made = {g: a.cpu().numpy() / max(values, 1) for g, a in made.items()}
+        self._made = {g: 0.5 * a.cpu().numpy() / max(values, 1) for g, a in made.items()}
         self.open = {g.name: keep[g.name].cpu().numpy() > 0 for g in groups}
         left: dict[Key, np.ndarray] = {}
         for group in groups:
@@ -175,7 +175,7 @@ def narrow(
 ) -> Params:
     """A start without evidence: the group that weighs the most gives up its smallest unit, again and again.
 
-    A group weighs the share of the parameters that it owns plus the share of the activations that it makes.
+    A group weighs the share of the parameters that it owns plus half the share of the activations that it makes.
 
     Large layers become the sparser ones, as in the Erdős-Rényi allocations of sparse training (Evci et al. 2020,
     arXiv:1911.11134, section 3).

@@ -24,7 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fedprior import posteriors
+from fedprior import posteriors, tree
 from fedprior.core import Client, Eta, Params
 from fedprior.inference.ascent import Descent, ascend, check_steps, detached, leaves, what_is_left
 from fedprior.objective import Objective
@@ -88,8 +88,8 @@ class Gains:
             ascend(
                 bound, client.train, optimizers, self.epochs, self.batch_size, rng, smallest=smallest, before_step=watch
             )
-        half = 0.5 * examples * size
-        gain = {g: half * torch.stack([s[g] for s in slopes]).square().mean(0) for g in nothing}
+        squares = [tree.map(lambda d, size=size: size * d.square(), s) for size, s in zip(sizes, slopes, strict=True)]
+        gain = {g: 0.5 * examples * torch.stack([s[g] for s in squares]).mean(0) for g in nothing}
         return posteriors.Gains(detached(phi), gain)
 
 

@@ -2,12 +2,12 @@ r"""Spike and slab with gates that all clients share: FedSparse for an asked den
 
     z_g in {0, 1}                                      one gate per unit g, the same for all clients
     phi_sj | z_g = 1 ~ N(w_j, 1/precision),  phi_sj | z_g = 0 = 0          for each j that g owns
-    log p(z) = - lambda_0 sum_g z_g |g|                |g| live parameters that go with the unit, lambda_0 nats each
+    log p(z) = - lambda_0 sum_g z_g cost_g             cost_g the unit's share of parameters and activations
 
 It is the spike and slab of spike_slab.py once the clients agree, theta_g in {0, 1}. The M-step in z weighs evidence:
 
     gain_sg = log p(D_s | z_g = 1) - log p(D_s | z_g = 0)      nats, from the E-step (inference/gains.py)
-    z = argmax sum_g z_g (e_g - lambda_0 |g|),    e = running mean over rounds and clients of gain_s
+    z = argmax sum_g z_g (e_g - lambda_0 cost_g),    e = running mean over rounds and clients of gain_s
 
 with lambda_0 the dual variable of  live(z) <= allowed: the price at which what is left is what is allowed
 (selection.py). `allowed` falls by a constant factor each round, from `start` to `density` in `steps` rounds; a unit
@@ -23,7 +23,7 @@ Gallego-Posada et al. 2022, arXiv:2208.04425 (a constraint instead of a penalty)
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 import torch
@@ -49,6 +49,7 @@ class SharedGates:
         memory: of the running mean of gains; 0 trusts the last round alone.
         groups: the model's units; empty until `bind` finds them.
         counted: names of the model's parameters, which density counts; empty until `bind`.
+        made: group -> (units,) values that each unit puts out (selection.activations); empty until `bind`.
     """
 
     density: float | None
@@ -58,10 +59,11 @@ class SharedGates:
     memory: float = 0.5
     groups: tuple[Group, ...] = ()
     counted: tuple[str, ...] = ()
+    made: Params = field(default_factory=dict, compare=False)
     uplink = ("phi", "gain")
 
     class Eta(NamedTuple):
-        """Shared weights (0 where removed), gates, running gains, and the price of a parameter."""
+        """Shared weights (0 where removed), gates, running gains, and the price."""
 
         mean: Params
         keep: Params
@@ -91,7 +93,7 @@ class SharedGates:
             return self
         counted = tuple(name for name, _ in model.named_parameters())
         groups = structure.groups(model, x)
-        made = {g: tuple(a.tolist()) for g, a in selection.activations(groups, model, x).items()}
+        made = selection.activations(groups, model, x)
         return replace(self, groups=groups, counted=counted, made=made)
 
     def init(self, params: Params) -> Eta:
@@ -103,7 +105,7 @@ class SharedGates:
 
     def supposed(self, params: Params, left: float) -> Eta:
         """An eta of at most `left` parameters whose gains are made up: as long on the wire as a real one."""
-        keep = selection.narrow(self.groups, params, left, self.counted)
+        keep = selection.narrow(self.groups, params, left, self.counted, self.made)
         gain = tree.map(torch.mul, structure.sums(self.groups, tree.map(torch.square, params)), keep)
         return self.Eta(self._left(keep, params), keep, gain, {"lambda_0": next(iter(params.values())).new_zeros(())})
 
@@ -158,7 +160,7 @@ class SharedGates:
         gain = tree.map(lambda new, old, z: (m * old + (1 - m) * new) * z, eta.gain, before.gain, keep)
         if any(bool(g.any()) for g in gain.values()):
             allowed = self._allowed(self.live(before), eta.mean)
-            keep, ratio = selection.select(self.groups, keep, gain, eta.mean, allowed, self.counted)
+            keep, ratio = selection.select(self.groups, keep, gain, eta.mean, allowed, self.counted, self.made)
             price = {"lambda_0": torch.full_like(price["lambda_0"], ratio)} if ratio else price
         return self.Eta(self._left(keep, eta.mean), keep, tree.map(torch.mul, gain, keep), price)
 
