@@ -98,7 +98,7 @@ class Objective:
     parameters, but no gradient reaches them. The module given is copied to `device` and never changed.
 
     Attributes:
-        kept: group -> units that are left, if the model was cut out of a larger one; else empty.
+        made_by: the cut, if the model was cut out of a larger one.
     """
 
     def __init__(
@@ -115,8 +115,8 @@ class Objective:
         self.smallest_batch = 2 if norms else 1  # a batch norm cannot be trained on one example
         self.buffers = frozenset(name for name in self.params() if name not in parameters)
         self._counters = {k: b.clone() for k, b in self.model.named_buffers() if not b.is_floating_point()}
-        self.kept: Mapping[str, tuple[int, ...]] = {}
         self._smaller: tuple[Cut, Objective] | None = None
+        self.made_by: Cut | None = None
         self._held: Params | None = None
         self.train(self.model.training)
 
@@ -179,7 +179,7 @@ class Objective:
             return self
         if self._smaller is None or self._smaller[0] != cut:
             smaller = Objective(slim(self.model, cut), self.loss)
-            smaller.kept = cut.kept
+            smaller.made_by = cut
             self._smaller = cut, smaller
         return self._smaller[1]
 

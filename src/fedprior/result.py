@@ -45,7 +45,8 @@ class Result:
     @property
     def kept(self) -> Mapping[str, tuple[int, ...]]:
         """Group -> numbers of the units that are left of it in `model()`; empty if no unit was removed."""
-        return self._deployed()[0].kept
+        made_by = self._deployed()[0].made_by
+        return made_by.kept if made_by else {}
 
     def _deployed(self) -> tuple[Objective, Params]:
         return self.algorithm.deploy(self.eta, self.objective)

@@ -21,9 +21,10 @@ def what_is_left(objective: Objective, prior: Any, eta: Eta) -> tuple[Cut, Objec
 
     Such a prior has `cut(eta)` and `groups`, and its eta `mean` and `keep`: values per parameter and per unit.
     """
-    cut = prior.cut(eta)
+    small = objective.cut(prior.cut(eta))
+    cut = small.made_by or prior.cut(eta)  # the same cut, which remembers what it has worked out
     small_eta = eta._replace(mean=cut.gather(eta.mean), keep=cut.units(eta.keep))
-    return cut, objective.cut(cut), replace(prior, groups=cut.small_groups), small_eta
+    return cut, small, replace(prior, groups=cut.small_groups), small_eta
 
 
 def batches(
