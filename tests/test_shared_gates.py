@@ -139,6 +139,46 @@ def test_the_schedule_is_geometric_and_ends_at_the_density() -> None:
     assert counts[4] <= 0.3 * total and counts[4:] == [counts[4]] * 5
 
 
+NETS = {
+    "lenet": (fp.models.lenet(), torch.zeros(1, 1, 28, 28)),
+    "mlp": (fp.models.mlp(32, (200, 100), 10), torch.zeros(1, 32)),
+}
+
+
+@pytest.mark.parametrize("name", NETS)
+@pytest.mark.parametrize("density", [0.05, 0.2])
+@pytest.mark.parametrize("rounds", [9, 30, 100])
+def test_the_density_is_met_early_and_no_layer_is_lost(name: str, density: float, rounds: int) -> None:
+    """By two thirds of the run, whatever clients say; no round has more than the plan said."""
+    model, x = NETS[name]
+    prior, params = priors.SharedGates(density).scheduled(rounds).bind(model, x), Objective(model).params()
+    eta, rng = prior.init(params), generator(rounds, "gains")
+    wanted = density * sum(p.numel() for p in model.parameters())
+    plan, counts, prices = prior.schedule(params, rounds), [], []
+    for _ in range(rounds):
+        counts.append(prior.live(eta))
+        eta = step(prior, eta, {g: torch.rand(z.shape, generator=rng) for g, z in eta.keep.items()})
+        prices.append(float(eta.price["lambda_0"]))
+        assert all(z.any() for z in eta.keep.values())
+    assert counts[0] <= 3.5 * wanted and counts[0] > 3.3 * wanted
+    assert all(count <= planned for count, planned in zip(counts, plan, strict=True))
+    assert all(0.9 * wanted < count <= wanted for count in counts[2 * rounds // 3 :])
+    assert (
+        counts[rounds // 8] > wanted
+        and plan[rounds // 4 - 1] > 1.05 * wanted
+        and plan[rounds // 4] == pytest.approx(wanted)
+    )
+    assert min(prices) > 0
+
+
+def test_a_model_that_is_already_small_enough_is_left_alone() -> None:
+    model, x = NETS["mlp"]
+    prior = priors.SharedGates(1.0).scheduled(4).bind(model, x)
+    eta = prior.init(Objective(model).params())
+    after = step(prior, eta, {g: torch.rand(z.shape, generator=generator(0, "g")) for g, z in eta.keep.items()})
+    assert all(z.all() for z in after.keep.values()) and float(after.price["lambda_0"]) == 0
+
+
 def test_gains_are_remembered() -> None:
     """e = memory * e + (1 - memory) * mean over clients, and no memory of removed units."""
     eta = PRIOR.init(FIELDS["params"])
