@@ -164,9 +164,7 @@ def test_the_density_is_met_early_and_no_layer_is_lost(name: str, density: float
     assert all(count <= planned for count, planned in zip(counts, plan, strict=True))
     assert all(0.9 * wanted < count <= wanted for count in counts[2 * rounds // 3 :])
     assert (
-        counts[rounds // 8] > wanted
-        and plan[rounds // 4 - 1] > 1.05 * wanted
-        and plan[rounds // 4] == pytest.approx(wanted)
+        counts[rounds // 8] > wanted and plan[rounds // 4 - 1] > wanted and plan[rounds // 4] == pytest.approx(wanted)
     )
     assert min(prices) > 0
 
