@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 import fedprior as fp
-from cases import CONV, IMAGES, bound, equal, image_clients, normal, pooled, without_seconds
+from cases import CONV, IMAGES, bound, close, equal, image_clients, normal, pooled, without_seconds
 from fedprior import Client, Examples, Stats, inference, priors, structure, tree
 from fedprior.inference.gains import _slopes
 from fedprior.objective import Objective
@@ -76,22 +76,40 @@ def test_the_gain_is_what_closing_the_unit_costs() -> None:
     assert state is None and float(q.gain[group.name][2]) < 1e-9
 
 
-def test_training_is_sgd_on_what_is_left() -> None:
-    """The weights are those of the E-step of FedAvg on the slim model; removed units stay at zero."""
+@pytest.mark.parametrize("batch_size", [None, 2, 3, 20])
+def test_a_batch_counts_with_its_examples(batch_size: int | None) -> None:
+    """N/2 times the mean over batches of B (dL/dz)^2, by a plain loop; the last batch is smaller, or there is one."""
+    model, client = gaussian_client(5)
+    prior, objective = shared().bind(model, client.train.x), Objective(model, "regression")
+    eta, rng = prior.init(objective.params()), generator(1, "e")
+    q, _ = inference.Gains(1e-12, 1, batch_size).e_step(objective, prior, eta, client, None, generator(1, "e"))
+    torch.randint(2**62, (), generator=rng)  # the seed that is lent to dropout
+    terms = []
+    for index in torch.randperm(5, generator=rng).split(batch_size or 5):
+        z = {g: torch.ones_like(v).requires_grad_() for g, v in eta.keep.items()}
+        phi = structure.close_gates(prior.groups, z, eta.mean)
+        (slope,) = torch.autograd.grad(objective.log_lik(phi, client.train.x[index], client.train.y[index]), z.values())
+        terms.append(len(index) * slope**2)
+    assert torch.allclose(q.gain[prior.groups[0].name], 2.5 * torch.stack(terms).mean(0), rtol=1e-6)
+
+
+@pytest.mark.parametrize("precision", [0.0, 30.0])
+def test_training_is_sgd_on_what_is_left(precision: float) -> None:
+    """The weights are those of the E-step of FedAvg, or FedProx, on the slim model; removed units stay at zero."""
     client = image_clients(1, 24)[0]
     model = fp.models.lenet((4, 5), 6, 4, 16)
-    prior = shared(start=0.5).bind(model, client.train.x)
+    prior = shared(start=0.5, precision=precision).bind(model, client.train.x)
     objective = Objective(model)
     eta = prior.init(objective.params())
     cut = prior.cut(eta)
     assert cut.removed
     q, _ = inference.Gains(0.1, 2, 8).e_step(objective, prior, eta, client, None, generator(0, "e"))
     small = objective.cut(cut)
-    gaussian = priors.Gaussian()
+    gaussian = priors.Gaussian(precision)
     plain, _ = inference.Point(0.1, 2, 8).e_step(
         small, gaussian, gaussian.init(cut.gather(eta.mean)), client, None, generator(0, "e")
     )
-    assert equal(cut.gather(q.phi), plain.phi)
+    assert close(cut.gather(q.phi), plain.phi, 0.0 if precision == 0 else 1e-6)
     on = structure.alive(prior.groups, eta.keep, eta.mean)
     assert equal(structure.apply(on, q.phi), q.phi)
     for g, z in eta.keep.items():
