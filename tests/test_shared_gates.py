@@ -212,7 +212,8 @@ def test_a_removed_unit_stays_removed_whatever_clients_send() -> None:
         eta = step(PRIOR, eta, ramp())
     loud = {g: torch.where(z > 0, 1e-3, 1e9) for g, z in eta.keep.items()}
     wild = {k: torch.ones_like(v) for k, v in eta.mean.items()}
-    after = PRIOR.project(PRIOR.m_step(eta, Stats({"phi": wild, "gain": loud})), eta)
+    moved = PRIOR.m_step(eta, Stats({"phi": wild, "gain": loud}))
+    after = PRIOR.project(moved._replace(keep=tree.map(torch.ones_like, eta.keep)), eta)
     assert all(bool((after.keep[g] <= eta.keep[g]).all()) for g in eta.keep)
     on = structure.alive(PRIOR.groups, eta.keep, eta.mean)
     assert equal(structure.apply(on, after.mean), after.mean)
