@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from dataclasses import replace
 
 import pytest
 import torch
@@ -16,6 +17,7 @@ from fedprior.objective import Objective
 from fedprior.rng import generator
 from fedprior.slim import Cut
 from test_slim import MODELS, setting
+from test_structure import norm_net
 
 
 def shared(density: float = 0.3, start: float = 1.0, steps: int = 4, **fields) -> priors.SharedGates:
@@ -204,6 +206,20 @@ def test_gains_are_remembered() -> None:
     for g, z in two.keep.items():
         expected = (0.25 * (0.75 * first[g] * one.keep[g]) + 0.75 * second[g]) * z
         assert torch.allclose(two.gain[g], expected)
+
+
+def test_units_are_chosen_by_what_is_remembered() -> None:
+    """One quiet round changes nothing but the scale of the gains."""
+    eta, first, quiet = PRIOR.init(FIELDS["params"]), ramp(1), tree.map(lambda v: 1e-9 * v, ramp(2))
+    forgetful = replace(PRIOR, memory=0.0)
+    wanted, other = (step(forgetful, eta, gain).keep for gain in (first, quiet))
+    assert equal(step(PRIOR, eta._replace(gain=first), quiet).keep, wanted) and not equal(wanted, other)
+
+
+def test_buffers_are_not_counted() -> None:
+    model = norm_net().double()
+    prior = shared().bind(model, IMAGES)
+    assert prior.live(prior.init(Objective(model).params())) == sum(p.numel() for p in model.parameters())
 
 
 def test_a_removed_unit_stays_removed_whatever_clients_send() -> None:
