@@ -149,7 +149,7 @@ def test_a_clients_deltas_are_taken_from_its_own_part() -> None:
         eta = tree.unflatten(before, downlink.decode(downlink.encode(sent, 0.0), schema_of(sent))[0])
         told = tree.map(torch.add, told, eta.mean)
         held = structure.alive(prior.groups, eta.keep, eta.mean)
-        holders = {k: v + (held[k] if k in held else 1.0) for k, v in holders.items()}
+        holders = {k: v + held.get(k, 1.0) for k, v in holders.items()}
     assert not any(c.status != "ok" for c in result.history[0].clients)
     assert {float(v) for k in holders for v in holders[k].unique()} >= {1.0, 2.0}
     for name, w in before.mean.items():

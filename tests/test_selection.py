@@ -139,3 +139,11 @@ def test_a_narrow_start_takes_the_smallest_units_of_the_largest_layer(fraction: 
         assert stays.all() or norms[stays].min() > norms[~stays].max()
     if fraction == 0.6:  # 20 x 7 against 5 x 21 entries at the start: the first layer gives more
         assert 20 - open_units[0] > 5 - open_units[1]
+
+
+def test_the_largest_layer_is_not_the_one_with_the_most_units() -> None:
+    """6 units of 20 + 1 entries own more than 12 of 6 + 1."""
+    model = fp.models.mlp(20, (6, 12), 3).double()
+    groups, params = structure.groups(model, torch.zeros(1, 20).double()), Objective(model).params()
+    keep = selection.narrow(groups, params, sum(v.numel() for v in params.values()) - 1, names(model))
+    assert [int(keep[g.name].sum()) for g in sorted(groups, key=lambda g: g.name)] == [5, 12]

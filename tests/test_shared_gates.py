@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import itertools
+from dataclasses import replace
 
 import pytest
 import torch
 from torch import nn
 
 import fedprior as fp
-from cases import CONV, IMAGES, bound, equal, image_clients, normal, pooled, without_seconds
+from cases import CONV, IMAGES, bound, close, equal, image_clients, normal, pooled, without_seconds
 from fedprior import Client, Examples, Stats, inference, priors, structure, tree
 from fedprior.inference.gains import _slopes
 from fedprior.objective import Objective
 from fedprior.rng import generator
 from fedprior.slim import Cut
 from test_slim import MODELS, setting
+from test_structure import norm_net
 
 
 def shared(density: float = 0.3, start: float = 1.0, steps: int = 4, **fields) -> priors.SharedGates:
@@ -76,22 +78,40 @@ def test_the_gain_is_what_closing_the_unit_costs() -> None:
     assert state is None and float(q.gain[group.name][2]) < 1e-9
 
 
-def test_training_is_sgd_on_what_is_left() -> None:
-    """The weights are those of the E-step of FedAvg on the slim model; removed units stay at zero."""
+@pytest.mark.parametrize("batch_size", [None, 2, 3, 20])
+def test_a_batch_counts_with_its_examples(batch_size: int | None) -> None:
+    """N/2 times the mean over batches of B (dL/dz)^2, by a plain loop; the last batch is smaller, or there is one."""
+    model, client = gaussian_client(5)
+    prior, objective = shared().bind(model, client.train.x), Objective(model, "regression")
+    eta, rng = prior.init(objective.params()), generator(1, "e")
+    q, _ = inference.Gains(1e-12, 1, batch_size).e_step(objective, prior, eta, client, None, generator(1, "e"))
+    torch.randint(2**62, (), generator=rng)  # the seed that is lent to dropout
+    terms = []
+    for index in torch.randperm(5, generator=rng).split(batch_size or 5):
+        z = {g: torch.ones_like(v).requires_grad_() for g, v in eta.keep.items()}
+        phi = structure.close_gates(prior.groups, z, eta.mean)
+        (slope,) = torch.autograd.grad(objective.log_lik(phi, client.train.x[index], client.train.y[index]), z.values())
+        terms.append(len(index) * slope**2)
+    assert torch.allclose(q.gain[prior.groups[0].name], 2.5 * torch.stack(terms).mean(0), rtol=1e-6)
+
+
+@pytest.mark.parametrize("precision", [0.0, 30.0])
+def test_training_is_sgd_on_what_is_left(precision: float) -> None:
+    """The weights are those of the E-step of FedAvg, or FedProx, on the slim model; removed units stay at zero."""
     client = image_clients(1, 24)[0]
     model = fp.models.lenet((4, 5), 6, 4, 16)
-    prior = shared(start=0.5).bind(model, client.train.x)
+    prior = shared(start=0.5, precision=precision).bind(model, client.train.x)
     objective = Objective(model)
     eta = prior.init(objective.params())
     cut = prior.cut(eta)
     assert cut.removed
     q, _ = inference.Gains(0.1, 2, 8).e_step(objective, prior, eta, client, None, generator(0, "e"))
     small = objective.cut(cut)
-    gaussian = priors.Gaussian()
+    gaussian = priors.Gaussian(precision)
     plain, _ = inference.Point(0.1, 2, 8).e_step(
         small, gaussian, gaussian.init(cut.gather(eta.mean)), client, None, generator(0, "e")
     )
-    assert equal(cut.gather(q.phi), plain.phi)
+    assert close(cut.gather(q.phi), plain.phi, 0.0 if precision == 0 else 1e-6)
     on = structure.alive(prior.groups, eta.keep, eta.mean)
     assert equal(structure.apply(on, q.phi), q.phi)
     for g, z in eta.keep.items():
@@ -139,6 +159,44 @@ def test_the_schedule_is_geometric_and_ends_at_the_density() -> None:
     assert counts[4] <= 0.3 * total and counts[4:] == [counts[4]] * 5
 
 
+NETS = {
+    "lenet": (fp.models.lenet(), torch.zeros(1, 1, 28, 28)),
+    "mlp": (fp.models.mlp(32, (200, 100), 10), torch.zeros(1, 32)),
+}
+
+
+@pytest.mark.parametrize("name", NETS)
+@pytest.mark.parametrize("density", [0.05, 0.2])
+@pytest.mark.parametrize("rounds", [9, 30, 100])
+def test_the_density_is_met_early_and_no_layer_is_lost(name: str, density: float, rounds: int) -> None:
+    """By two thirds of the run, whatever clients say; no round has more than the plan said."""
+    model, x = NETS[name]
+    prior, params = priors.SharedGates(density).scheduled(rounds).bind(model, x), Objective(model).params()
+    eta, rng = prior.init(params), generator(rounds, "gains")
+    wanted = density * sum(p.numel() for p in model.parameters())
+    plan, counts, prices = prior.schedule(params, rounds), [], []
+    for _ in range(rounds):
+        counts.append(prior.live(eta))
+        eta = step(prior, eta, {g: torch.rand(z.shape, generator=rng) for g, z in eta.keep.items()})
+        prices.append(float(eta.price["lambda_0"]))
+        assert all(z.any() for z in eta.keep.values())
+    assert counts[0] <= 3.5 * wanted and counts[0] > 3.3 * wanted
+    assert all(count <= planned for count, planned in zip(counts, plan, strict=True))
+    assert all(0.9 * wanted < count <= wanted for count in counts[2 * rounds // 3 :])
+    assert (
+        counts[rounds // 8] > wanted and plan[rounds // 4 - 1] > wanted and plan[rounds // 4] == pytest.approx(wanted)
+    )
+    assert min(prices) > 0
+
+
+def test_a_model_that_is_already_small_enough_is_left_alone() -> None:
+    model, x = NETS["mlp"]
+    prior = priors.SharedGates(1.0).scheduled(4).bind(model, x)
+    eta = prior.init(Objective(model).params())
+    after = step(prior, eta, {g: torch.rand(z.shape, generator=generator(0, "g")) for g, z in eta.keep.items()})
+    assert all(z.all() for z in after.keep.values()) and float(after.price["lambda_0"]) == 0
+
+
 def test_gains_are_remembered() -> None:
     """e = memory * e + (1 - memory) * mean over clients, and no memory of removed units."""
     eta = PRIOR.init(FIELDS["params"])
@@ -150,13 +208,28 @@ def test_gains_are_remembered() -> None:
         assert torch.allclose(two.gain[g], expected)
 
 
+def test_units_are_chosen_by_what_is_remembered() -> None:
+    """One quiet round changes nothing but the scale of the gains."""
+    eta, first, quiet = PRIOR.init(FIELDS["params"]), ramp(1), tree.map(lambda v: 1e-9 * v, ramp(2))
+    forgetful = replace(PRIOR, memory=0.0)
+    wanted, other = (step(forgetful, eta, gain).keep for gain in (first, quiet))
+    assert equal(step(PRIOR, eta._replace(gain=first), quiet).keep, wanted) and not equal(wanted, other)
+
+
+def test_buffers_are_not_counted() -> None:
+    model = norm_net().double()
+    prior = shared().bind(model, IMAGES)
+    assert prior.live(prior.init(Objective(model).params())) == sum(p.numel() for p in model.parameters())
+
+
 def test_a_removed_unit_stays_removed_whatever_clients_send() -> None:
     eta = PRIOR.init(normal(generator(0, "eta"), FIELDS["params"]))
     for _ in range(4):
         eta = step(PRIOR, eta, ramp())
     loud = {g: torch.where(z > 0, 1e-3, 1e9) for g, z in eta.keep.items()}
     wild = {k: torch.ones_like(v) for k, v in eta.mean.items()}
-    after = PRIOR.project(PRIOR.m_step(eta, Stats({"phi": wild, "gain": loud})), eta)
+    moved = PRIOR.m_step(eta, Stats({"phi": wild, "gain": loud}))
+    after = PRIOR.project(moved._replace(keep=tree.map(torch.ones_like, eta.keep)), eta)
     assert all(bool((after.keep[g] <= eta.keep[g]).all()) for g in eta.keep)
     on = structure.alive(PRIOR.groups, eta.keep, eta.mean)
     assert equal(structure.apply(on, after.mean), after.mean)

@@ -157,7 +157,7 @@ class SharedGates:
             before: the eta of the round before: what it had removed stays removed, whatever clients say.
         """
         m, keep, price = self.memory, before.keep, before.price
-        gain = tree.map(lambda new, old, z: (m * old + (1 - m) * new) * z, eta.gain, before.gain, keep)
+        gain = tree.map(lambda new, old: m * old + (1 - m) * new, eta.gain, before.gain)
         if any(bool(g.any()) for g in gain.values()):
             allowed = self._allowed(self.live(before), eta.mean)
             keep, ratio = selection.select(self.groups, keep, gain, eta.mean, allowed, self.counted, self.made)
