@@ -176,7 +176,7 @@ def test_gates_weigh_the_prior_the_same_way(monkeypatch: pytest.MonkeyPatch) -> 
 
 def test_gated_training_moves_running_moments() -> None:
     net = nn.Sequential(nn.Linear(4, 6), nn.BatchNorm1d(6), nn.ReLU(), nn.Linear(6, 3))
-    result = fp.run(**arguments(model=net, algorithm=fp.fedsparse(lr=0.1), rounds=1))
+    result = fp.run(**arguments(model=net, algorithm=fp.fedsparse(lr=0.1, density=0.5), rounds=1))
     assert not torch.equal(result.params["1.running_mean"], torch.zeros(6))
 
 
@@ -229,7 +229,7 @@ def test_of_equally_bad_units_one_stays() -> None:
 def test_batch_norm_and_a_last_batch_of_one() -> None:
     net = nn.Sequential(nn.Linear(4, 6), nn.BatchNorm1d(6), nn.Linear(6, 3))
     clients = classification_clients((21, 11))
-    for algorithm in (fp.fedavg(batch_size=10), fp.fedsparse(batch_size=10)):
+    for algorithm in (fp.fedavg(batch_size=10), fp.fedsparse(batch_size=10, density=0.5)):
         assert "warning" not in fp.run(algorithm, net, clients, rounds=1).summary()
 
 
@@ -249,7 +249,7 @@ def test_models_that_cannot_be_cut_everywhere() -> None:
         assert result.parameters_left < result.parameters
         assert [g.units for g in result.algorithm.prior.groups] == [5]
     frozen = nn.Sequential(nn.Linear(4, 6).requires_grad_(False), nn.ReLU(), nn.Linear(6, 3))
-    result = fp.run(fp.fedsparse(lr=0.1), frozen, CLIENTS, rounds=1)
+    result = fp.run(fp.fedsparse(lr=0.1, density=0.5), frozen, CLIENTS, rounds=1)
     assert torch.allclose(result.eta.mean["0.weight"], frozen[0].weight, atol=1e-6)
 
 
