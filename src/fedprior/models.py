@@ -272,5 +272,13 @@ def char_transformer(
     The default has 115,536 parameters for the 80 characters of Shakespeare. `every` asks for targets of shape
     (n, window): data.load("shakespeare", every=True).
     """
+    if min(vocabulary, window, width, heads, head_dim, depth, hidden) < 1:
+        raise ValueError(
+            "char_transformer needs sizes of at least 1, got "
+            f"{vocabulary=}, {window=}, {width=}, {heads=}, {head_dim=}, {depth=}, {hidden=}"
+        )
     blocks = [TransformerBlock(width, Attention(width, heads, head_dim, causal=True), hidden) for _ in range(depth)]
-    return _seeded(CharTransformer(vocabulary, window, width, blocks, every), seed)
+    model = CharTransformer(vocabulary, window, width, blocks, every)
+    _seeded(model, seed)
+    model.positions.weight.data.mul_(0.1)  # else they drown the characters, and SGD takes twice the rounds
+    return model
