@@ -5,9 +5,12 @@
     python benchmarks/pareto.py table --out pareto                        # tables and plots of what has been run
 
 Setting "fashion": LeNet 20-50-500 on Fashion-MNIST, 100 clients, Dirichlet(1.0), cohort 10, one local epoch, batch
-20, 100 rounds; "skewed" is the same with Dirichlet(0.1). A seed draws the partition, the initial model, the cohorts
-and all that the algorithms draw. Each run is a process of its own with one thread. Bytes are lengths of payloads,
-both directions; MB are 10^6 bytes.
+20, 100 rounds; "skewed" is the same with Dirichlet(0.1). Setting "shakespeare": a causal transformer of two blocks
+predicts every next character, windows of 80 that do not overlap, 504 roles as clients, cohort 10, one local epoch,
+batch 4, 60 rounds. A seed draws the partition, the initial model, the cohorts and all that the algorithms draw. Each
+run is a process of its own with one thread. Bytes are lengths of payloads, both directions; MB are 10^6 bytes.
+
+Learning rates: of nats per example, which for Shakespeare are sums over 80 characters.
 """
 
 from __future__ import annotations
@@ -21,16 +24,17 @@ import sys
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
 import fedprior as fp
+from fedprior.core import Population
 from fedprior.metrics import evaluate
 from fedprior.objective import Objective
 
-PRUNED = (0.05, 0.1, 0.2)
 EVERY = 5
 
 
@@ -43,15 +47,38 @@ class Run:
     widths: Mapping[str, Any]
 
 
-def hand_sized(c1: int, c2: int, hidden: int) -> Run:
-    return Run(fp.fedavg, {}, {"channels": (c1, c2), "hidden": hidden})
+@dataclass(frozen=True)
+class Setting:
+    """Data and a model, and the runs on them with their defaults.
+
+    Attributes:
+        data: seed -> clients, and the examples of the central evaluation.
+        model: takes the widths of a Run, and seed.
+        runs: the lines of the setting's table.
+        rounds: of each run.
+        lr: of each run.
+        batch_size: of each run.
+        pruned: densities to which the model that fedavg trains is pruned.
+    """
+
+    data: Callable[[int], tuple[Population, fp.Examples]]
+    model: Callable[..., torch.nn.Module]
+    runs: Mapping[str, Run]
+    rounds: int
+    lr: float
+    batch_size: int
+    pruned: tuple[float, ...]
+
+
+def hand_sized(**widths: Any) -> Run:
+    return Run(fp.fedavg, {}, widths)
 
 
 def whole(algorithm: Callable[..., fp.Algorithm], **arguments: Any) -> Run:
     return Run(algorithm, arguments, {})
 
 
-RUNS: Mapping[str, Run] = {
+LENET: Mapping[str, Run] = {
     "fedavg": whole(fp.fedavg),
     "fedavg int8": whole(fp.fedavg, value_type="int8", entropy="zlib"),
     "fedavg int4": whole(fp.fedavg, value_type="int4", entropy="zlib"),
@@ -60,9 +87,9 @@ RUNS: Mapping[str, Run] = {
     "dropout 0.5": whole(fp.feddropout, rate=0.5),
     "dropout 0.75": whole(fp.feddropout, rate=0.75),
     "group lasso": whole(fp.grouplasso, strength=1e-3),
-    "dense 10-24-60": hand_sized(10, 24, 60),
-    "dense 12-28-26": hand_sized(12, 28, 26),
-    "dense 6-14-20": hand_sized(6, 14, 20),
+    "dense 10-24-60": hand_sized(channels=(10, 24), hidden=60),
+    "dense 12-28-26": hand_sized(channels=(12, 28), hidden=26),
+    "dense 6-14-20": hand_sized(channels=(6, 14), hidden=20),
     "fedsparse 5 %": whole(fp.fedsparse, density=0.05),
     "fedsparse 2 %": whole(fp.fedsparse, density=0.02),
     "fedsparse 10 %": whole(fp.fedsparse, density=0.1),
@@ -71,20 +98,47 @@ RUNS: Mapping[str, Run] = {
     "fedsparse 2 % int4": whole(fp.fedsparse, density=0.02, value_type="int4"),
     "fedsparse gates": whole(fp.fedsparse, lambda_0=0.01),
 }
-ALPHA = {"fashion": 1.0, "skewed": 0.1}
+TRANSFORMER: Mapping[str, Run] = {
+    "fedavg": whole(fp.fedavg),
+    "fedavg int8": whole(fp.fedavg, value_type="int8", entropy="zlib"),
+    "dropout 0.5": whole(fp.feddropout, rate=0.5),
+    "dense 2 heads, hidden 51": hand_sized(heads=2, hidden=51),
+    "dense width 38": hand_sized(width=38, head_dim=10, hidden=152),
+    "fedsparse 40 %": whole(fp.fedsparse, density=0.4),
+    "fedsparse 40 % int8": whole(fp.fedsparse, density=0.4, value_type="int8"),
+}
+
+
+def fashion(alpha: float, seed: int) -> tuple[Population, fp.Examples]:
+    train, test = fp.data.load("fashion-mnist")
+    return fp.data.dirichlet(train, clients=100, alpha=alpha, seed=seed), test
+
+
+def shakespeare(seed: int) -> tuple[Population, fp.Examples]:
+    """The same clients for all seeds: every role is one."""
+    train, test = fp.data.load("shakespeare", stride=80, every=True)
+    return fp.data.by_key(train), test
+
+
+SETTINGS = {
+    "fashion": Setting(partial(fashion, 1.0), fp.models.lenet, LENET, 100, 0.1, 20, (0.05, 0.1, 0.2)),
+    "skewed": Setting(partial(fashion, 0.1), fp.models.lenet, LENET, 100, 0.1, 20, (0.05, 0.1, 0.2)),
+    "shakespeare": Setting(
+        shakespeare, partial(fp.models.char_transformer, 80, every=True), TRANSFORMER, 60, 0.005, 4, (0.4,)
+    ),
+}
 
 
 def one(out: Path, setting: str, name: str, seed: int, rounds: int, lr: float) -> None:
     """One run, in this process; its records go to a folder, its numbers to a file that is written last."""
     torch.set_num_threads(1)
-    train, test = fp.data.load("fashion-mnist")
-    clients = fp.data.dirichlet(train, clients=100, alpha=ALPHA[setting], seed=seed)
-    run = RUNS[name]
-    model = fp.models.lenet(**run.widths, seed=seed)
+    common = SETTINGS[setting]
+    clients, test = common.data(seed)
+    run = common.runs[name]
     folder = out / slug(setting, name, seed)
     result = fp.run(
-        run.algorithm(lr=lr, **run.arguments),
-        model,
+        run.algorithm(lr=lr, batch_size=common.batch_size, **run.arguments),
+        common.model(**run.widths, seed=seed),
         clients,
         rounds=rounds,
         cohort=10,
@@ -98,8 +152,8 @@ def one(out: Path, setting: str, name: str, seed: int, rounds: int, lr: float) -
     )
     rows = [row(setting, name, seed, lr, result)]
     if name == "fedavg":
-        for density in PRUNED:
-            small = Objective(fp.prune(result.model(), density, train.x[:1]))
+        for density in common.pruned:
+            small = Objective(fp.prune(result.model(), density, test.x[:1]))
             accuracy = evaluate(small, small.params(), test).means()["accuracy"]
             pruned = {
                 "name": f"fedavg, then pruned to {100 * density:.0f} %",
@@ -137,7 +191,7 @@ def slug(setting: str, name: str, seed: int) -> str:
 def run_all(options: argparse.Namespace) -> None:
     """All runs that have no numbers yet, `--workers` at a time."""
     options.out.mkdir(parents=True, exist_ok=True)
-    names = options.only.split(",") if options.only else list(RUNS)
+    names = options.only.split(",") if options.only else list(SETTINGS[options.setting].runs)
     jobs = [(name, seed) for seed in map(int, options.seeds.split(",")) for name in names]
     jobs = [(n, s) for n, s in jobs if not (options.out / f"{slug(options.setting, n, s)}.json").exists()]
 
@@ -157,13 +211,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("command", choices=["run", "one", "table"])
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--setting", choices=list(ALPHA), default="fashion")
+    parser.add_argument("--setting", choices=list(SETTINGS), default="fashion")
     parser.add_argument("--only", default="")
     parser.add_argument("--seeds", default="0,1,2")
-    parser.add_argument("--rounds", type=int, default=100)
-    parser.add_argument("--lr", type=float, default=0.1)
+    parser.add_argument("--rounds", type=int, help="default: the setting's own")
+    parser.add_argument("--lr", type=float, help="default: the setting's own")
     parser.add_argument("--workers", type=int, default=2)
     options = parser.parse_args()
+    options.rounds = options.rounds or SETTINGS[options.setting].rounds
+    options.lr = options.lr or SETTINGS[options.setting].lr
     if options.command == "run":
         run_all(options)
     elif options.command == "one":

@@ -40,7 +40,7 @@ def mean(rows: Sequence[Row], key: str) -> float:
 def table(names: dict[str, list[Row]]) -> list[str]:
     """Mean and, in brackets, the spread (largest minus smallest) over seeds."""
     lines = [
-        "| run | seeds | accuracy, last round | mean of rounds 80-100 | MB | fewer bytes | parameters left |",
+        "| run | seeds | accuracy, last round | mean of last five evaluations | MB | fewer bytes | parameters left |",
         "|---|---|---|---|---|---|---|",
     ]
     dense = names.get("fedavg")

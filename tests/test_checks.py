@@ -230,7 +230,11 @@ def test_of_equally_bad_units_one_stays() -> None:
 def test_batch_norm_and_a_last_batch_of_one() -> None:
     net = nn.Sequential(nn.Linear(4, 6), nn.BatchNorm1d(6), nn.Linear(6, 3))
     clients = classification_clients((21, 11))
-    for algorithm in (fp.fedavg(batch_size=10), fp.fedsparse(batch_size=10), fp.fedsparse(batch_size=10, lambda_0=0.1)):
+    for algorithm in (
+        fp.fedavg(batch_size=10),
+        fp.fedsparse(batch_size=10, density=0.5),
+        fp.fedsparse(batch_size=10, lambda_0=0.1),
+    ):
         assert "warning" not in fp.run(algorithm, net, clients, rounds=1).summary()
 
 

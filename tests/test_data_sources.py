@@ -232,6 +232,15 @@ def test_shakespeare_windows(plays, window, stride):
             assert got == sorted(text[s : s + window + 1] for s in starts)
 
 
+def test_shakespeare_with_a_target_for_every_character(plays):
+    """Those before the last are the window's own, one place on."""
+    sizes = {"window": 5, "stride": 3, "min_characters": 30}
+    pairs = zip(*(data.load("shakespeare", plays, **sizes, every=every) for every in (False, True)), strict=True)
+    for last, every in pairs:
+        assert torch.equal(every.x, last.x) and every.keys == last.keys and every.y.dtype == torch.int64
+        assert torch.equal(every.y, torch.cat([last.x[:, 1:], last.y[:, None]], 1))
+
+
 def test_shakespeare_errors(plays, tmp_path):
     assert len(set(VOCABULARY)) == len(VOCABULARY) == 80
     with pytest.raises(ValueError, match=r"at least 5 \* \(window \+ 1\) = 405"):

@@ -31,6 +31,7 @@ MODELS = {
     "resnet, batch norm": (lambda: models.resnet(8, "batch", width=4), (1, 8, 8)),
     "resnet, group norm": (lambda: models.resnet(8, "group", width=4), (1, 8, 8)),
     "vit": (lambda: models.vit(image=8, patch=4, width=12, heads=3, depth=1, hidden=20), (1, 8, 8)),
+    "char_transformer": (lambda: models.char_transformer(20, 5, 12, 3, 4, 1, 10, every=True), (5,)),
 }
 NOTHING_TO_CUT = ("softmax", "char_gru")
 QUICK = {("lenet", "pt2"), ("mlp", "pt2"), ("char_gru", "pt2"), ("lenet", "onnx"), ("mlp", "onnx")}
@@ -46,7 +47,7 @@ def setting(name: str) -> Result:
     make, shape = MODELS[name]
     model, rng = redraw(make()), generator(2, name)
     inputs = torch.randn(64, *shape, generator=rng)
-    if name == "char_gru":
+    if name.startswith("char"):
         inputs = torch.randint(20, (64, *shape), generator=rng)
     objective = Objective(model)
     params = {k: v + 0.1 * torch.arange(len(v)) if "running" in k else v for k, v in objective.params().items()}

@@ -87,6 +87,20 @@ def test_a_smaller_allowance_keeps_some_of_what_a_larger_one_keeps(name: str) ->
         assert all(bool((less[g] <= more[g]).all()) for g in more)
 
 
+@pytest.mark.parametrize("name", MODELS)
+def test_the_least_is_what_selecting_and_narrowing_end_at(name: str) -> None:
+    """Of all models with one unit a group the smallest; it is reached, and nothing is below it."""
+    model, _, cut, params = setting(name)
+    counted = {k: params[k] for k in names(model)}
+    least = selection.least(cut.groups, params, list(counted))
+    assert chosen(name, 0.0)[3].total() == least
+    keep = selection.narrow(cut.groups, params, 0, list(counted))
+    assert count_alive(structure.alive(cut.groups, keep, params), counted) == least
+    for unit in (0, -1):
+        one = {g.name: torch.eye(g.units, dtype=torch.float64)[unit] for g in cut.groups}
+        assert count_alive(structure.alive(cut.groups, one, params), counted) >= least
+
+
 def test_units_of_one_size_are_chosen_as_by_trying_all_choices() -> None:
     """One hidden layer: every unit costs the same, and the greedy choice is the optimum."""
     model = fp.models.mlp(4, (7,), 3).double()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import re
 from dataclasses import replace
 
 import pytest
@@ -245,6 +246,31 @@ def test_without_evidence_nothing_is_removed() -> None:
 def test_bad_arguments_are_refused(bad) -> None:
     with pytest.raises(ValueError, match="SharedGates needs"):
         shared(**bad)
+
+
+def text_run(density: float, **fields) -> fp.Result:
+    """One block with 2 heads of 4 and 12 neurons, on a stream of width 8."""
+    rng = generator(0, "text")
+    texts = (torch.arange(2 * 8 * 6) * 5 % 7).view(2, 8, 6) + torch.randint(2, (2, 8, 1), generator=rng)
+    clients = [Client(i, str(i), Examples(t[:, :-1], t[:, 1:])) for i, t in enumerate(texts)]
+    model = fp.models.char_transformer(9, 5, 8, 2, 4, depth=1, hidden=12, every=True)
+    return fp.run(fp.fedsparse(lr=0.02, batch_size=4, density=density, **fields), model, clients, rounds=6)
+
+
+def test_densities_down_to_the_least_are_met_and_none_below_is_begun() -> None:
+    """The least is one head, one neuron, and all that has no units; 9 characters, windows of 5."""
+    head, neuron, norms = 3 * (8 * 4 + 4) + 4 * 8, 8 + 1 + 8, 3 * 16
+    whole = norms + (9 + 5) * 8 + 8 * 9 + 9 + 8 + 8  # with embeddings, the last layer, biases of out and second
+    least, total = whole + head + neuron, whole + 2 * head + 12 * neuron
+    exact = least / total
+    result = text_run(exact)
+    assert result.parameters == total and result.parameters_left == least
+    middle = (exact + 1) / 2
+    assert 0 <= middle * total - text_run(middle).parameters_left <= head
+    with pytest.raises(ValueError, match="cannot be reached") as error:
+        text_run(exact - 0.01)
+    (named,) = re.findall(r"density >= ([0-9.]+)", str(error.value))
+    assert exact <= float(named) < exact + 1e-5 and text_run(float(named)).parameters_left == least
 
 
 def run(rounds: int = 12, **fields) -> fp.Result:

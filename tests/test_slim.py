@@ -56,6 +56,7 @@ MODELS = {
     "resnet, batch norm": (lambda: fp.models.resnet(20, "batch", width=4), (1, 16, 16)),
     "resnet, group norm": (lambda: fp.models.resnet(20, "group", width=8), (1, 16, 16)),
     "vit": (lambda: fp.models.vit(image=16, patch=4, width=12, heads=3, depth=2, hidden=20), (1, 16, 16)),
+    "char transformer": (lambda: fp.models.char_transformer(7, 5, 12, 3, 4, depth=2, hidden=10), (5,)),
 }
 
 
@@ -64,6 +65,8 @@ def setting(name: str) -> tuple[nn.Module, Tensor, Cut, dict[str, Tensor]]:
     make, shape = MODELS[name]
     model, rng = redraw(make().double()), generator(1, name)
     x = torch.randn(5, *shape, generator=rng, dtype=torch.float64)
+    if name == "char transformer":
+        x = torch.randint(7, x.shape, generator=rng)
     groups = structure.groups(model, x)
     gate = {g.name: (torch.rand(g.units, generator=rng) < 0.6).double() for g in groups}
     for z in gate.values():
@@ -171,6 +174,11 @@ def test_what_stays_dense() -> None:
     assert {g.name.rpartition(".")[2]: g.units for g in groups} == {"value": 3, "first": 20}
     dense = structure.dense_layers(vit, groups)
     assert {"patches", "head"} < set(dense) and not any("attention.query" in n or "first" in n for n in dense)
+    text, x = fp.models.char_transformer(7, 5, 12, 3, 4, depth=1, hidden=10), torch.zeros(1, 5, dtype=torch.int64)
+    groups = structure.groups(text, x)
+    assert {g.name: g.units for g in groups} == {"blocks.0.attention.value": 3, "blocks.0.first": 10}
+    whole = {"embedding", "positions", "blocks.0.norm1", "blocks.0.norm2", "norm", "head"}
+    assert {m.name.rpartition(".")[0] for g in groups for m in g.members}.isdisjoint(whole)
     gru = fp.models.char_gru(10)
     with pytest.raises(ValueError, match="no unit of CharGRU can be gated"):
         structure.groups(gru, torch.zeros(1, 5, dtype=torch.int64))

@@ -209,6 +209,49 @@ def test_groups_of_concatenated_layers() -> None:
     assert not torch.allclose(closed, model(x))
 
 
+def characters(heads: int = 3, hidden: int = 5, every: bool = True) -> nn.Module:
+    return fp.models.char_transformer(7, 6, 8, heads, 4, depth=1, hidden=hidden, every=every).double()
+
+
+@pytest.mark.parametrize(("head", "neuron"), [(0, 4), (2, 0), (1, 2)])
+def test_a_closed_head_is_a_transformer_without_it(head: int, neuron: int) -> None:
+    """A head is 4 rows of queries, keys and values, and 4 columns of what reads them."""
+    model, x = redraw(characters()), torch.randint(7, (2, 6), generator=generator(0, "x"))
+    found = {g.name: g for g in structure.groups(model, x)}
+    params, block = Objective(model).params(), "blocks.0."
+    gate = {g: torch.ones(group.units, dtype=torch.float64) for g, group in found.items()}
+    gate[f"{block}attention.value"][head] = gate[f"{block}first"][neuron] = 0
+    rows = [i for i in range(12) if i // 4 != head]
+    sliced = dict(params)
+    for layer in ("query", "key", "value"):
+        for name in (f"{block}attention.{layer}.weight", f"{block}attention.{layer}.bias"):
+            sliced[name] = params[name][rows]
+    sliced[f"{block}attention.out.weight"] = params[f"{block}attention.out.weight"][:, rows]
+    neurons = [i for i in range(5) if i != neuron]
+    for name in (f"{block}first.weight", f"{block}first.bias"):
+        sliced[name] = params[name][neurons]
+    sliced[f"{block}second.weight"] = params[f"{block}second.weight"][:, neurons]
+    small = functional_call(characters(2, 4), sliced, (x,))
+    assert small.shape == (2, 6, 7) and not torch.allclose(small, functional_call(model, params, (x,)))
+    closed = structure.close_gates(tuple(found.values()), gate, params)
+    assert torch.allclose(functional_call(model, closed, (x,)), small, rtol=0, atol=1e-12)
+
+
+def test_a_character_is_predicted_from_those_before_it() -> None:
+    """Logits depend on a position's own character and on earlier ones; without `every` they are the last ones."""
+    model, x = redraw(characters()), torch.randint(6, (2, 6), generator=generator(1, "x"))
+    logits = model(x)
+    for position in range(6):
+        changed = x.clone()
+        changed[:, position] = 6
+        difference = (model(changed) - logits).abs().amax((0, 2))
+        same = (difference < 1e-12).tolist()
+        assert same == [p < position for p in range(6)]
+    last = characters(every=False)
+    last.load_state_dict(model.state_dict())
+    assert torch.equal(last(x), logits[:, -1])
+
+
 @pytest.mark.parametrize("build", [fp.models.softmax, lambda: fp.models.char_gru(20)], ids=["softmax", "gru"])
 def test_a_model_without_units_is_refused(build: Callable[[], nn.Module]) -> None:
     model = build()

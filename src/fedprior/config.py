@@ -30,7 +30,7 @@ from fedprior.algorithms import ALGORITHMS
 from fedprior.cohort import Availability
 
 MODELS: Mapping[str, Callable[..., nn.Module]] = {
-    f.__name__: f for f in (models.lenet, models.mlp, models.softmax, models.char_gru)
+    f.__name__: f for f in (models.lenet, models.mlp, models.softmax, models.char_gru, models.char_transformer)
 }
 TABLES = ("csv", "parquet")
 PARTITIONS = ("dirichlet", "iid", "shards", "by_key")
@@ -193,7 +193,8 @@ def _algorithm(section: dict[str, Any]) -> Call:
 def resolve(model: Call, dataset: str, x: Tensor, outputs: int, seed: int) -> Call:
     """The model with all its arguments: those given, else what the data say, else the function's defaults."""
     name = _AUTO.get(dataset, "mlp") if model.name == "auto" else model.name
-    said = {"inputs": x[0].numel(), "image": x.shape[-1], "classes": outputs, "vocabulary": outputs, "seed": seed}
+    said = {"inputs": x[0].numel(), "image": x.shape[-1], "window": x.shape[-1], "seed": seed}
+    said |= {"classes": outputs, "vocabulary": outputs}
     wanted = inspect.signature(MODELS[name]).parameters
     said = {k: v for k, v in said.items() if k in wanted}
     given = {**said, **_SMALL.get((dataset, name), {}), **model.arguments}

@@ -7,6 +7,8 @@ number of parameters, encoded as they will be, and linear in between: some bytes
 units, not with the parameters. The plan is the largest density whose spend is at most 0.95 of the budget, with the
 first value type at which that density is at least 0.02, else with the last one. What the plan cannot know, how well an
 entropy coder does later, the run watches (budget.py).
+
+No density is below that of one unit of each group with all layers that have no units (selection.least).
 """
 
 from __future__ import annotations
@@ -17,12 +19,12 @@ from typing import Any, cast
 
 import numpy as np
 
-from fedprior import posteriors, wire
+from fedprior import posteriors, selection, wire
 from fedprior.algorithm import Algorithm
 from fedprior.core import Eta, Params
 from fedprior.rng import generator
 
-_SHARE, _ENOUGH, _LEAST = 0.95, 0.02, 1e-6
+_SHARE, _ENOUGH = 0.95, 0.02
 
 
 def plan(algorithm: Algorithm, params: Params, rounds: int, cohort: int) -> Algorithm:
@@ -35,11 +37,13 @@ def plan(algorithm: Algorithm, params: Params, rounds: int, cohort: int) -> Algo
         cohort: clients a round.
 
     Raises:
-        ValueError: if not even the smallest model fits, or not even one round.
+        ValueError: if not even the smallest model fits, or not even one round, or a density cannot be reached.
     """
     prior: Any = algorithm.prior
     if hasattr(prior, "scheduled") and prior.density is None:
         return _affordable(algorithm, params, rounds, cohort)
+    if hasattr(prior, "scheduled"):
+        _check_density(prior, params)
     planned = replace(algorithm, prior=prior.scheduled(rounds)) if hasattr(prior, "scheduled") else algorithm
     if planned.budget is not None:
         eta = planned.sample(planned.start(params)[0], generator(0, "plan"))
@@ -60,7 +64,7 @@ def _affordable(algorithm: Algorithm, params: Params, rounds: int, cohort: int) 
         if best is not None and cast(Any, best.prior).density >= _ENOUGH:
             return best
     if best is None:
-        least = _spend(_with(tried, _LEAST, rounds), params, rounds, cohort) / _SHARE
+        least = _spend(_with(tried, _least(algorithm.prior, params), rounds), params, rounds, cohort) / _SHARE
         what = f"{rounds} rounds of {cohort} clients"
         raise ValueError(_too_small(algorithm, what, "the smallest model needs", least))
     return best
@@ -84,7 +88,7 @@ def _largest(algorithm: Algorithm, params: Params, rounds: int, cohort: int) -> 
     def fits(density: float) -> bool:
         return _spend(_with(algorithm, density, rounds), params, rounds, cohort) <= allowed
 
-    low, high = _LEAST, cast(Any, algorithm.prior).start or 1.0
+    low, high = _least(algorithm.prior, params), cast(Any, algorithm.prior).start or 1.0
     if not fits(low):
         return None
     if fits(high):
@@ -93,6 +97,22 @@ def _largest(algorithm: Algorithm, params: Params, rounds: int, cohort: int) -> 
         middle = (low * high) ** 0.5
         low, high = (middle, high) if fits(middle) else (low, middle)
     return _with(algorithm, low, rounds)
+
+
+def _least(prior: Any, params: Params) -> float:
+    """The smallest density there is."""
+    total = tree.size({name: params[name] for name in prior.counted})
+    return selection.least(prior.groups, params, prior.counted) / total
+
+
+def _check_density(prior: Any, params: Params) -> None:
+    least = _least(prior, params)
+    if prior.density < least:
+        raise ValueError(
+            f"density={prior.density:g} cannot be reached: one unit of each group and all layers without units hold "
+            f"{least:.2%} of the parameters. Ask for density >= {math.ceil(1e6 * least) / 1e6:g}, or take a model "
+            "with more units"
+        )
 
 
 def _with(algorithm: Algorithm, density: float, rounds: int) -> Algorithm:

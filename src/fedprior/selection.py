@@ -170,6 +170,17 @@ def _cheapest(live: Live, worth: np.ndarray, group: str) -> tuple[float, str, in
     return float(ratio[unit]), group, unit
 
 
+def least(groups: Sequence[Group], params: Params, counted: Collection[str]) -> int:
+    """How many counted entries are left when each group has one unit, that with the fewest: none has less."""
+    one = {g.name: next(iter(params.values())).new_ones(g.units) for g in groups}
+    shapes = {name: params[name].shape for name in counted}
+    whole = Live(groups, one, shapes)
+    for group, keep in one.items():
+        smallest = int(whole.costs(group).argmin())
+        keep.zero_()[smallest] = 1
+    return Live(groups, one, shapes).total()
+
+
 def narrow(
     groups: Sequence[Group], params: Params, allowed: float, counted: Collection[str], made: Params | None = None
 ) -> Params:

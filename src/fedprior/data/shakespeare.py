@@ -2,6 +2,7 @@ r"""Shakespeare's plays as a federated text: every role of every play is a clien
 
     x  the codes of `window` consecutive characters of a role     (examples, window) int64
     y  the code of the character that follows them                (examples,) int64
+       or, if `every`, of the character that follows each of them (examples, window) int64
 
 as in LEAF (Caldas et al. 2018, arXiv:1812.01097), whose 80 characters are VOCABULARY here: a code
 is a position in it, and any other character is read as a space. Windows start every `stride`
@@ -54,7 +55,11 @@ def find(folder: str | Path | None = None) -> Path:
 
 
 def load(
-    folder: str | Path | None = None, window: int = 80, stride: int = 10, min_characters: int = 1600
+    folder: str | Path | None = None,
+    window: int = 80,
+    stride: int = 10,
+    min_characters: int = 1600,
+    every: bool = False,
 ) -> tuple[Examples, Examples]:
     """Train and test examples, with the keys "play/speaker"."""
     if window < 1 or stride < 1 or min_characters < 5 * (window + 1):
@@ -75,7 +80,7 @@ def load(
             names += [key] * len(part[-1])
     if not parts[0]:
         raise ValueError(f"no role has {min_characters} characters; give a smaller min_characters")
-    train, test = (_examples(torch.cat(p), k) for p, k in zip(parts, keys, strict=True))
+    train, test = (_examples(torch.cat(p), k, every) for p, k in zip(parts, keys, strict=True))
     return train, test
 
 
@@ -119,5 +124,5 @@ def encode(text: str) -> Tensor:
     return torch.from_numpy(code[letters])
 
 
-def _examples(windows: Tensor, keys: list[str]) -> Examples:
-    return Examples(windows[:, :-1].long(), windows[:, -1].long(), keys)
+def _examples(windows: Tensor, keys: list[str], every: bool) -> Examples:
+    return Examples(windows[:, :-1].long(), windows[:, 1:].long() if every else windows[:, -1].long(), keys)
