@@ -154,7 +154,9 @@ class Algorithm:
         """
         target = tree.flatten(self.prior.m_step(eta, total))
         flat, state = self.server.step(tree.flatten(eta), target, state)
-        flat = {k: target[k] if k.split("/", 1)[1] in exact else v for k, v in flat.items()}
+        fields = getattr(self.prior, "exact", ())
+        whole = {k for k in flat if k.split("/", 1)[0] in fields or k.split("/", 1)[1] in exact}
+        flat = {k: target[k] if k in whole else v for k, v in flat.items()}
         return self._project(tree.unflatten(eta, flat), eta), state
 
     def _project(self, eta: Eta, before: Eta) -> Eta:

@@ -94,7 +94,7 @@ def fedyogi(
 
 
 def fedsparse(
-    lr: float = 0.1,
+    lr: float = 0.2,
     density: float | None = None,
     budget_mb: float | None = None,
     lambda_0: float | None = None,
@@ -103,6 +103,7 @@ def fedsparse(
     weighting: Weighting = "examples",
     value_type: ValueType | None = None,
     entropy: Entropy = "zlib",
+    momentum: float = 0.5,
     gate_lr: float = 0.05,
     precision: float = 0.0,
 ) -> Algorithm:
@@ -111,6 +112,7 @@ def fedsparse(
     At most one of the three: `density`, which fraction of the parameters is left (0.05 if none is given);
     `budget_mb`, 10^6 bytes in both directions for all rounds, from which density and value type follow; `lambda_0`,
     the price of a parameter in nats, with gates that each client samples and learns by Adam with rate `gate_lr`.
+    `momentum` is the server's; there is none with `lambda_0`.
     """
     if sum(wish is not None for wish in (density, budget_mb, lambda_0)) > 1:
         raise ValueError(
@@ -128,6 +130,7 @@ def fedsparse(
     return Algorithm(
         priors.SharedGates(density, precision=precision),
         inference.Gains(lr, epochs, batch_size),
+        server.Momentum(1.0, momentum) if momentum else server.Exact(),
         codec=codec,
         weighting=weighting,
         delta=delta,

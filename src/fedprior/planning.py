@@ -101,7 +101,7 @@ def _largest(algorithm: Algorithm, params: Params, rounds: int, cohort: int) -> 
 
 def _least(prior: Any, params: Params) -> float:
     """The smallest density there is."""
-    total = tree.size({name: params[name] for name in prior.counted})
+    total = sum(params[name].numel() for name in prior.counted)
     return selection.least(prior.groups, params, prior.counted) / total
 
 

@@ -3,13 +3,13 @@ r"""Which units to keep: as much gain as a number of parameters can buy.
     maximise  sum_g z_g gain_g    subject to  live(z) <= allowed,    z_g in {0, 1}
     live(z) = sum over parameters of prod_d n_d,    n_d = positions of dimension d that are left
     greedy: while live > allowed, close the unit with the least  gain_g / cost_g
-    cost_g = (live(z) - live(z without g)) / live(1) + (1/2) a_g / sum_h a_h,    a_g = values that g puts out an example
+    cost_g = (live(z) - live(z without g)) / live(1) + c a_g / sum_h a_h,    a_g = values that g puts out for an example
 
-A cost is a share of the model's parameters, which are bytes, plus half a share of its activations, which are time and
-memory: by parameters alone the first filters of a convolutional network are nearly free, and nearly all its time. The
-ratio of the last unit that was closed is the price lambda_0, in nats for the cost 1. Greedy by ratio is optimal for
-the relaxation in which a part of a unit can be kept (Dantzig 1957), if the cost is that of the constraint and does not
-depend on other units. Every group keeps its best unit.
+A cost is a share of the model's parameters, which are bytes, and c times a share of its activations, which are time
+and memory: by parameters alone the first filters of a convolutional network are nearly free, and nearly all its time.
+The ratio of the last unit that was closed is the price lambda_0, in nats for the cost 1. Greedy by ratio is optimal
+for the relaxation in which a part of a unit can be kept (Dantzig 1957), if the cost is that of the constraint and does
+not depend on other units. Every group keeps its best unit.
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ class Live:
         groups: the model's units.
         keep: group -> (units,); 0 for units that are closed already.
         shapes: parameter -> shape; only these parameters count.
-        made: `activations` of the groups; None to cost parameters alone.
+        made: c a_g / sum_h a_h of every unit, group -> (units,); None for 0.
     """
 
     def __init__(
@@ -73,8 +73,7 @@ class Live:
         self._shapes = shapes
         self._all = sum(math.prod(shape) for shape in shapes.values())
         made = made or {g.name: torch.zeros(g.units) for g in groups}
-        values = sum(float(a.sum()) for a in made.values())
-        self._made = {g: 0.5 * a.cpu().numpy() / max(values, 1) for g, a in made.items()}
+        self._made = {g: a.cpu().numpy() for g, a in made.items()}
         self.open = {g.name: keep[g.name].cpu().numpy() > 0 for g in groups}
         left: dict[Key, np.ndarray] = {}
         for group in groups:
@@ -143,7 +142,7 @@ def select(
         params: for shapes only.
         allowed: number of entries.
         counted: names of the parameters that count (buffers, say, do not).
-        made: `activations` of the groups; None to cost parameters alone.
+        made: c a_g / sum_h a_h of every unit, group -> (units,); None for 0.
 
     Returns:
         The new `keep`, ones and zeros, and the price: gain per cost of the last unit closed, 0 if there was none.
@@ -186,7 +185,7 @@ def narrow(
 ) -> Params:
     """A start without evidence: the group that weighs the most gives up its smallest unit, again and again.
 
-    A group weighs the share of the parameters that it owns plus half the share of the activations that it makes.
+    A group weighs the share of the parameters that it owns plus c times the share of the activations that it makes.
 
     Large layers become the sparser ones, as in the Erdős-Rényi allocations of sparse training (Evci et al. 2020,
     arXiv:1911.11134, section 3).
@@ -196,7 +195,7 @@ def narrow(
         params: the weights; a unit is small if the squares that it owns add up to little.
         allowed: stop at so many entries of the counted parameters (or at one unit a group).
         counted: names of the parameters that count.
-        made: `activations` of the groups; None to weigh parameters alone.
+        made: c a_g / sum_h a_h of every unit, group -> (units,); None for 0.
 
     Returns:
         Ones and zeros, group -> (units,).

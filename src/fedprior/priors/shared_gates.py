@@ -9,9 +9,10 @@ It is the spike and slab of spike_slab.py once the clients agree, theta_g in {0,
     gain_sg = log p(D_s | z_g = 1) - log p(D_s | z_g = 0)      nats, from the E-step (inference/gains.py)
     z = argmax sum_g z_g (e_g - lambda_0 cost_g),    e = running mean over rounds and clients of gain_s
 
-with lambda_0 the dual variable of  live(z) <= allowed: the price at which what is left is what is allowed
-(selection.py). `allowed` falls by a constant factor each round, from `start` to `density` in `steps` rounds; a unit
-once removed stays removed. Gaussian M-step in w, T = (phi, gain).
+with lambda_0 the dual variable of  live(z) <= allowed_t: the price at which what is left is what is allowed
+(selection.py). A unit once removed stays removed. Gaussian M-step in w, T = (phi, gain).
+
+    allowed_t = start^(1 - s) density^s live(1),    s = (t - hold) / steps between 0 and 1,    after round t
 
     paper      code        shape                             paper      code          shape
     w          eta.mean    as the parameters                 e          eta.gain      group -> (units,), nats
@@ -34,7 +35,7 @@ from fedprior.core import Params, Stats
 from fedprior.slim import Cut
 from fedprior.structure import Group
 
-_WIDER = 3.5
+_WIDER, _HOLD = 1.55, 0.45
 
 
 @dataclass(frozen=True)
@@ -43,49 +44,58 @@ class SharedGates:
 
     Attributes:
         density: which fraction of the model's parameters is left in the end; None for what a budget affords.
-        start: which fraction there is in round one (selection.narrow); None for 3.5 times `density`.
-        steps: how many rounds the way from start to density takes; None for a quarter of the run.
+        start: which fraction there is in round one (selection.narrow); None for 1.55 times `density`.
+        hold: how many rounds it stays so; None for 0.45 of the run.
+        steps: how many rounds the way from start to density takes then; None for a fifth of the run.
         precision: pull of the clients' weights towards the server's; 0 is flat.
         memory: of the running mean of gains; 0 trusts the last round alone.
+        activations: what a share of the model's activations costs, when a share of its parameters costs 1. The larger,
+            the faster the model that is left; 0 looks at bytes alone.
         groups: the model's units; empty until `bind` finds them.
         counted: names of the model's parameters, which density counts; empty until `bind`.
-        made: group -> (units,) values that each unit puts out (selection.activations); empty until `bind`.
+        made: group -> (units,) what each unit's activations cost; empty until `bind`.
     """
 
     density: float | None
     start: float | None = None
+    hold: int | None = None
     steps: int | None = None
     precision: float = 0.0
     memory: float = 0.5
+    activations: float = 0.1
     groups: tuple[Group, ...] = ()
     counted: tuple[str, ...] = ()
     made: Params = field(default_factory=dict, compare=False)
     uplink = ("phi", "gain")
+    exact = ("keep", "gain", "price", "round")
 
     class Eta(NamedTuple):
-        """Shared weights (0 where removed), gates, running gains, and the price."""
+        """Shared weights (0 where removed), gates, running gains, the price, and the rounds that are over."""
 
         mean: Params
         keep: Params
         gain: Params
         price: Params
+        round: Params
 
     def __post_init__(self) -> None:
         density, start = self.density, self.start
         if (density is not None and not 0 < density <= 1) or (start is not None and not (density or 0) <= start <= 1):
             raise ValueError(f"SharedGates needs 0 < density <= start <= 1, got density={density} and start={start}")
-        bad_steps = self.steps is not None and self.steps < 1
-        if bad_steps or not 0 <= self.memory < 1 or not 0 <= self.precision < float("inf"):
+        bad_rounds = (self.steps or 1) < 1 or self.steps == 0 or (self.hold or 0) < 0
+        numbers = (self.precision, self.activations)
+        if bad_rounds or not 0 <= self.memory < 1 or not all(0 <= v < float("inf") for v in numbers):
             raise ValueError(
-                "SharedGates needs steps >= 1, 0 <= memory < 1 and a finite precision >= 0, "
-                f"got {self.steps}, {self.memory} and {self.precision}"
+                "SharedGates needs steps >= 1, hold >= 0, 0 <= memory < 1 and finite precision and activations >= 0, "
+                f"got {self.steps}, {self.hold}, {self.memory}, {self.precision} and {self.activations}"
             )
 
     def scheduled(self, rounds: int) -> SharedGates:
-        """The same prior with a start, and with steps for a run of so many rounds."""
+        """The same prior with a schedule for a run of so many rounds."""
         assert self.density is not None
         start = min(1.0, _WIDER * self.density) if self.start is None else self.start
-        return replace(self, start=start, steps=max(1, rounds // 4) if self.steps is None else self.steps)
+        hold = int(_HOLD * rounds) if self.hold is None else self.hold
+        return replace(self, start=start, hold=hold, steps=max(1, rounds // 5) if self.steps is None else self.steps)
 
     def bind(self, model: nn.Module, x: Tensor) -> SharedGates:
         """The same prior with the groups of a model."""
@@ -94,6 +104,8 @@ class SharedGates:
         counted = tuple(name for name, _ in model.named_parameters())
         groups = structure.groups(model, x)
         made = selection.activations(groups, model, x)
+        share = self.activations / sum(float(a.sum()) for a in made.values())
+        made = tree.map(lambda a: share * a, made)
         return replace(self, groups=groups, counted=counted, made=made)
 
     def init(self, params: Params) -> Eta:
@@ -107,7 +119,8 @@ class SharedGates:
         """An eta of at most `left` parameters whose gains are made up: as long on the wire as a real one."""
         keep = selection.narrow(self.groups, params, left, self.counted, self.made)
         gain = tree.map(torch.mul, structure.sums(self.groups, tree.map(torch.square, params)), keep)
-        return self.Eta(self._left(keep, params), keep, gain, {"lambda_0": next(iter(params.values())).new_zeros(())})
+        zero = next(iter(params.values())).new_zeros(())
+        return self.Eta(self._left(keep, params), keep, gain, {"lambda_0": zero}, {"t": zero.clone()})
 
     def _total(self, params: Params) -> int:
         return sum(params[name].numel() for name in self.counted)
@@ -139,7 +152,7 @@ class SharedGates:
     def m_step(self, eta: Eta, t: Stats) -> Eta:
         """Means over clients; `project` decides on the gates."""
         phi, gain = (tree.map(lambda v: v / t.clients, t[term]) for term in self.uplink)
-        return eta._replace(mean=phi, gain=gain)
+        return eta._replace(mean=phi, gain=gain, round=tree.map(lambda t: t + 1, eta.round))
 
     def point(self, eta: Eta) -> Params:
         """The shared weights."""
@@ -159,23 +172,25 @@ class SharedGates:
         m, keep, price = self.memory, before.keep, before.price
         gain = tree.map(lambda new, old: m * old + (1 - m) * new, eta.gain, before.gain)
         if any(bool(g.any()) for g in gain.values()):
-            allowed = self._allowed(self.live(before), eta.mean)
+            allowed = self._allowed(float(eta.round["t"]), eta.mean)
             keep, ratio = selection.select(self.groups, keep, gain, eta.mean, allowed, self.counted, self.made)
             price = {"lambda_0": torch.full_like(price["lambda_0"], ratio)} if ratio else price
-        return self.Eta(self._left(keep, eta.mean), keep, tree.map(torch.mul, gain, keep), price)
+        return self.Eta(self._left(keep, eta.mean), keep, tree.map(torch.mul, gain, keep), price, eta.round)
 
     def live(self, eta: Eta) -> int:
         """How many parameters are left."""
         return selection.Live(self.groups, eta.keep, {name: eta.mean[name].shape for name in self.counted}).total()
 
-    def _allowed(self, left: float, params: Params) -> float:
-        """How many parameters the next round may have, given those of this one."""
-        assert self.density is not None and self.start is not None and self.steps is not None
-        return max(self.density * self._total(params), left * (self.density / self.start) ** (1 / self.steps))
+    def _allowed(self, t: float, params: Params) -> float:
+        """How many parameters there may be after round t."""
+        if self.density is None or self.start is None or self.hold is None or self.steps is None:
+            raise ValueError(
+                "SharedGates has no schedule yet: give density, start, hold and steps, or call scheduled()"
+            )
+        s = min(max((t - self.hold) / self.steps, 0.0), 1.0)
+        return self.start ** (1 - s) * self.density**s * self._total(params)
 
     def schedule(self, params: Params, rounds: int) -> list[float]:
         """How many parameters each round of a run may have, given the model's."""
-        left: list[float] = [self.live(self.init(params))]
-        while len(left) < rounds:
-            left.append(min(left[-1], self._allowed(left[-1], params)))
-        return left
+        first = self.live(self.init(params))
+        return [min(first, self._allowed(t, params)) for t in range(rounds)]
