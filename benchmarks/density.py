@@ -25,7 +25,8 @@ import torch
 import fedprior as fp
 from fedprior import priors
 
-DENSITIES = (1.0, 0.5, 0.25, 0.1, 0.05, 0.02)
+# density (0: FedAvg), and what a share of the activations costs
+CASES = ((0.0, 0.0), *((d, 0.1) for d in (1.0, 0.5, 0.25, 0.1, 0.05, 0.02)), *((d, 0.5) for d in (0.1, 0.05, 0.02)))
 
 
 def peak() -> float:
@@ -33,7 +34,7 @@ def peak() -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e6
 
 
-def one(density: float, rounds: int) -> dict[str, float]:
+def one(density: float, activations: float, rounds: int) -> dict[str, float]:
     """Rounds at one density from the start; 0 stands for FedAvg."""
     torch.set_num_threads(1)
     train, _ = fp.data.load("fashion-mnist")
@@ -41,12 +42,14 @@ def one(density: float, rounds: int) -> dict[str, float]:
     algorithm = fp.fedavg(lr=0.2)
     if density:
         algorithm = fp.fedsparse(lr=0.2, density=density)
-        algorithm = replace(algorithm, prior=priors.SharedGates(density, start=density, steps=1))
+        prior = priors.SharedGates(density, start=density, hold=0, steps=1, activations=activations)
+        algorithm = replace(algorithm, prior=prior)
     before = peak()
     result = fp.run(algorithm, fp.models.lenet(), clients, rounds=rounds, cohort=10, progress=False)
     seconds = [r.seconds for r in result.history[1:]]
     return {
         "density": density,
+        "activations": activations,
         "parameters": result.parameters_left,
         "seconds": statistics.median(seconds),
         "mb": peak() - before,
@@ -56,30 +59,32 @@ def one(density: float, rounds: int) -> dict[str, float]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--one", type=float)
+    parser.add_argument("--one", help="DENSITY,ACTIVATIONS: a process of the benchmark")
     parser.add_argument("--rounds", type=int, default=4)
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     if options.one is not None:
-        print(json.dumps(one(options.one, options.rounds)))
+        density, activations = map(float, options.one.split(","))
+        print(json.dumps(one(density, activations, options.rounds)))
         return
-    found: dict[float, list[dict[str, float]]] = {d: [] for d in (0.0, *DENSITIES)}
+    found: dict[tuple[float, float], list[dict[str, float]]] = {case: [] for case in CASES}
     for _ in range(options.repeats):
-        for density in found:
-            command = [sys.executable, __file__, "--one", str(density), "--rounds", str(options.rounds)]
+        for density, activations in found:
+            child = ["--one", f"{density},{activations}", "--rounds", str(options.rounds)]
             environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+            command = [sys.executable, __file__, *child]
             done = subprocess.run(command, check=True, capture_output=True, text=True, env=environment)
-            found[density].append(json.loads(done.stdout.splitlines()[-1]))
+            found[density, activations].append(json.loads(done.stdout.splitlines()[-1]))
     rows = [{k: statistics.median(r[k] for r in runs) for k in runs[0]} for runs in found.values()]
-    print("| run | parameters | seconds a round | faster | peak memory, MB | MB a round |")
-    print("|---|---|---|---|---|---|")
+    print("| run | activations cost | parameters | seconds a round | faster | peak memory, MB | MB a round |")
+    print("|---|---|---|---|---|---|---|")
     for row in rows:
         name = f"FedSparse, density {row['density']:g}" if row["density"] else "FedAvg"
         faster = rows[0]["seconds"] / row["seconds"]
         print(
-            f"| {name} | {row['parameters']:,.0f} | {row['seconds']:.2f} | {faster:.2f}x | {row['mb']:.0f} "
-            f"| {row['bytes'] / 1e6:.2f} |"
+            f"| {name} | {row['activations']:g} | {row['parameters']:,.0f} | {row['seconds']:.2f} | {faster:.2f}x "
+            f"| {row['mb']:.0f} | {row['bytes'] / 1e6:.2f} |"
         )
     if options.json:
         options.json.write_text(json.dumps(rows, indent=1))

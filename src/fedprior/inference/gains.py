@@ -7,7 +7,7 @@ r"""Hard EM in the weights, and what each unit is worth: the evidence for its ga
 
 The second line is l(0) to second order; the third drops l', which is zero where phi is at its optimum, and takes
 Fisher's information for -l'': the variance of a batch's gradient times B_b estimates that of one example's. The
-gradient costs nothing more, dL/dz_g = sum_{j of g} phi_j dL/dphi_j, and no gate is sampled: no noise.
+gradient costs little more, dL/dz_g = sum_{j of g} phi_j dL/dphi_j, and no gate is sampled: no noise.
 Removed units are cut out first (slim.py): the client trains a model of the size of what is left.
 
     paper    code      shape
@@ -80,7 +80,8 @@ class Gains:
             return objective.log_lik(phi, x, y) + prior_term / examples
 
         def watch() -> None:
-            slopes.append(_slopes(prior.groups, phi))
+            if not prior.settled(eta):
+                slopes.append(_slopes(prior.groups, phi))
 
         objective.train()
         smallest, optimizers = objective.smallest_batch, [Descent(trained, self.lr)]
@@ -88,6 +89,8 @@ class Gains:
             ascend(
                 bound, client.train, optimizers, self.epochs, self.batch_size, rng, smallest=smallest, before_step=watch
             )
+        if not slopes:
+            return posteriors.Gains(detached(phi), nothing)
         squares = [tree.map(lambda d, size=size: size * d.square(), s) for size, s in zip(sizes, slopes, strict=True)]
         gain = {g: 0.5 * examples * torch.stack([s[g] for s in squares]).mean(0) for g in nothing}
         return posteriors.Gains(detached(phi), gain)

@@ -177,6 +177,10 @@ class SharedGates:
             price = {"lambda_0": torch.full_like(price["lambda_0"], ratio)} if ratio else price
         return self.Eta(self._left(keep, eta.mean), keep, tree.map(torch.mul, gain, keep), price, eta.round)
 
+    def settled(self, eta: Eta) -> bool:
+        """Is the density reached? Then no unit is removed any more, and clients need not weigh them."""
+        return self.hold is not None and self.steps is not None and float(eta.round["t"]) >= self.hold + self.steps
+
     def live(self, eta: Eta) -> int:
         """How many parameters are left."""
         return selection.Live(self.groups, eta.keep, {name: eta.mean[name].shape for name in self.counted}).total()
