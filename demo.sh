@@ -13,7 +13,7 @@ if ! have fashion-mnist && command -v apt-get >/dev/null && [ "$(id -u)" = 0 ]; 
 fi
 if have fashion-mnist; then
     exec "$bin/fedprior" compare fashion-mnist --algorithms fedavg,fedsparse --rounds 25 --clients 100 --cohort 10 \
-        --alpha 1.0 --lr 0.1 --seed 0 --evaluate-every 5 --threads 2 --out "$out"
+        --alpha 1.0 --lr 0.2 --seed 0 --evaluate-every 5 --threads 2 --out "$out"
 fi
 echo "Fashion-MNIST is not here ('fedprior data' tells how to get it): the demo takes the digits."
 exec "$bin/fedprior" compare digits --algorithms fedavg,fedsparse --rounds 60 --clients 20 --cohort 10 \

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 
-from fedprior import inference, priors, server
+from fedprior import inference, priors, server, wire
 from fedprior.algorithm import Algorithm, Weighting
 from fedprior.budget import Budget
 from fedprior.codecs import Dense, Entropy, Sparse, TopK, ValueType
@@ -20,12 +20,10 @@ def fedavg(
 ) -> Algorithm:
     """McMahan et al. 2017, arXiv:1602.05629: a flat Gaussian prior, hard EM, a truncated E-step.
 
-    `value_type` and `entropy` are those of both directions (codecs.Dense). Integers are steps of the largest value, so
-    the clients send theirs for the differences to eta.
+    `value_type` and `entropy` are those of both directions (codecs.Dense, wire.chain).
     """
-    e_step, codec = inference.Point(lr, epochs, batch_size), Dense(value_type, entropy)
-    delta = value_type.startswith("int")
-    return Algorithm(priors.Gaussian(), e_step, codec=codec, weighting=weighting, delta=delta, name="fedavg")
+    e_step, both = inference.Point(lr, epochs, batch_size), wire.chain(Dense(entropy=entropy), value_type)
+    return Algorithm(priors.Gaussian(), e_step, weighting=weighting, name="fedavg", **both)
 
 
 def fedprox(
@@ -120,22 +118,20 @@ def fedsparse(
             f"got {density}, {budget_mb} and {lambda_0}"
         )
     value_types = (value_type,) if value_type else ("float32",) if budget_mb is None else ("int8", "int4")
-    codec = Sparse(value_types[0], "none" if value_types[0] == "float32" else entropy)
-    delta = codec.value_type.startswith("int")
+    both = wire.chain(Sparse(entropy="none" if value_types[0] == "float32" else entropy), value_types[0])
     if lambda_0 is not None:
         slab, gated = priors.SpikeSlab(lambda_0, precision), inference.Gated(lr, epochs, batch_size, gate_lr)
-        return Algorithm(slab, gated, codec=codec, weighting=weighting, delta=delta, name="fedsparse")
+        return Algorithm(slab, gated, weighting=weighting, name="fedsparse", **both)
     if density is None and budget_mb is None:
         density = 0.05
     return Algorithm(
         priors.SharedGates(density, precision=precision),
         inference.Gains(lr, epochs, batch_size),
         server.Momentum(1.0, momentum) if momentum else server.Exact(),
-        codec=codec,
         weighting=weighting,
-        delta=delta,
         budget=None if budget_mb is None else Budget(budget_mb, value_types),
         name="fedsparse",
+        **both,
     )
 
 

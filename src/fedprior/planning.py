@@ -59,7 +59,7 @@ def _affordable(algorithm: Algorithm, params: Params, rounds: int, cohort: int) 
         raise ValueError("a density of None is planned from a budget: write density=..., or Algorithm(budget=...)")
     best, tried, codec = None, algorithm, cast(Any, algorithm.codec)
     for value_type in algorithm.budget.value_types or (codec.value_type,):
-        tried = replace(algorithm, codec=replace(codec, value_type=value_type), delta=value_type.startswith("int"))
+        tried = replace(algorithm, **wire.chain(codec, value_type))
         best = _largest(tried, params, rounds, cohort)
         if best is not None and cast(Any, best.prior).density >= _ENOUGH:
             return best

@@ -21,6 +21,8 @@ Seide et al. 2014 (1-bit SGD, Interspeech); Karimireddy et al. 2019, arXiv:1901.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
 
 import torch
 
@@ -77,6 +79,20 @@ def decode(algorithm: Algorithm, eta: Eta, payload: bytes, schema: Schema, devic
         return stats
     message = flat(stats)
     return unflat(message | {k: message[k] + r for k, r in flat(algorithm.reference(eta, stats)).items()}, clients)
+
+
+def chain(codec: Any, value_type: str) -> dict[str, Any]:
+    """The fields of an Algorithm whose messages have this value type.
+
+    Integers are steps of the largest value of a row: the clients send theirs for differences, and the broadcast, for
+    which there is nothing to take a difference to, has 8 bits at least.
+    """
+    down = replace(codec, value_type="int8") if value_type in ("int4", "int2") else None
+    return {
+        "codec": replace(codec, value_type=value_type),
+        "downlink": down,
+        "delta": value_type.startswith("int"),
+    }
 
 
 def flat(stats: Stats) -> Params:
