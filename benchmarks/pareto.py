@@ -86,6 +86,7 @@ LENET: Mapping[str, Run] = {
     "fedsparse 5 % int4": whole(fp.fedsparse, density=0.05, value_type="int4"),
     "dense 12-28-26": hand_sized(channels=(12, 28), hidden=26),
     "dense 12-28-26 momentum 0.5": Run(fp.fedavgm, {"momentum": 0.5}, {"channels": (12, 28), "hidden": 26}),
+    "fedsparse 5 % fast": whole(fp.fedsparse, density=0.05, activations=0.5),
     "fedsparse 2 %": whole(fp.fedsparse, density=0.02),
     "fedsparse 10 %": whole(fp.fedsparse, density=0.1),
     "fedsparse 2 % int4": whole(fp.fedsparse, density=0.02, value_type="int4"),
