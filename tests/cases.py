@@ -126,6 +126,7 @@ def bound(prior: Any, model: nn.Module, x: Tensor) -> dict[str, Any]:
 
 MLP = fp.models.mlp(4, (3, 2), 2).double()
 CONV = conv_net()
+SHARED = [priors.SharedGates(0.5, 0.8, 4, precision, hold=0) for precision in (0.0, 3.0)]
 PRIORS = [
     Case("gaussian-0", priors.Gaussian(), PLAIN, point, curved=False),
     Case("gaussian-2", priors.Gaussian(2.0), PLAIN, point),
@@ -139,8 +140,13 @@ PRIORS = [
     Case("spike-slab-conv-3", **bound(priors.SpikeSlab(0.1, 3.0), CONV, IMAGES), posterior=expected_gates),
     Case("group-lasso-mlp", **bound(priors.GroupLasso(0.1), MLP, VECTORS), posterior=point, curved=False),
     Case("group-lasso-conv-2", **bound(priors.GroupLasso(0.1, 2.0), CONV, IMAGES), posterior=point),
-    Case("shared-gates-mlp", **bound(priors.SharedGates(0.5, 0.8, 4), MLP, VECTORS), posterior=gains, curved=False),
-    Case("shared-gates-conv-3", **bound(priors.SharedGates(0.5, 0.8, 4, 3.0), CONV, IMAGES), posterior=gains),
+    Case(
+        "shared-gates-mlp",
+        **bound(SHARED[0], MLP, VECTORS),
+        posterior=gains,
+        curved=False,
+    ),
+    Case("shared-gates-conv-3", **bound(SHARED[1], CONV, IMAGES), posterior=gains),
     Case("dropout-mlp", **bound(priors.Dropout(), MLP, VECTORS), posterior=drawn_gates, curved=False),
     Case("dropout-mlp-3", **bound(priors.Dropout(0.5, 3.0), MLP, VECTORS), posterior=drawn_gates),
     Case("dropout-conv-3", **bound(priors.Dropout(0.5, 3.0), CONV, IMAGES), posterior=drawn_gates),

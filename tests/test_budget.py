@@ -72,7 +72,7 @@ def test_a_planned_run_uses_its_budget_and_no_more(name: str, value_type, mb: fl
 
 def least(name: str) -> int:
     """Parameters of the model with one unit a group."""
-    prior = priors.SharedGates(1e-6, 1e-6, 1).bind(MODELS[name][0], MODELS[name][1][0].train.x[:1])
+    prior = priors.SharedGates(1e-6, 1e-6, 1, hold=0).bind(MODELS[name][0], MODELS[name][1][0].train.x[:1])
     return prior.live(prior.init(Objective(MODELS[name][0]).params()))
 
 
@@ -94,7 +94,7 @@ def test_too_little_is_refused_with_what_would_do(name: str, value_type, tmp_pat
 @pytest.mark.parametrize("value_type", TYPES)
 def test_more_bytes_never_leave_less(name: str, value_type) -> None:
     """For one value type: where int8 takes over from int4, the density falls back to 2 %."""
-    densities = [planned(name, sparse(0.02 * 1.4**i, value_type)).prior.density for i in range(12)]  # type: ignore
+    densities = [planned(name, sparse(0.03 * 1.4**i, value_type)).prior.density for i in range(12)]  # type: ignore
     assert densities == sorted(densities) and densities[0] < 0.2 and densities[-1] == 1
 
 
@@ -118,7 +118,12 @@ def test_int4_where_int8_would_leave_less_than_2_percent() -> None:
 def test_a_start_of_the_users_own_bounds_the_density() -> None:
     made = fp.Algorithm(priors.SharedGates(None, start=0.4), inference.Gains(0.1), codec=Sparse(), budget=Budget(50))
     prior = planned("mlp", made).prior
-    assert isinstance(prior, priors.SharedGates) and (prior.density, prior.start, prior.steps) == (0.4, 0.4, 2)
+    assert isinstance(prior, priors.SharedGates) and (prior.density, prior.start, prior.hold, prior.steps) == (
+        0.4,
+        0.4,
+        4,
+        1,
+    )
     with pytest.raises(ValueError, match="planned from a budget"):
         planned("mlp", replace(made, budget=None))
 
@@ -246,7 +251,10 @@ def test_what_an_argument_makes_of_fedsparse() -> None:
     assert default.prior == priors.SharedGates(0.05) and default.weighting == "examples"
     assert dense.prior == priors.SharedGates(1.0) and isinstance(default.inference, inference.Gains)
     assert isinstance(price.prior, priors.SpikeSlab) and isinstance(price.inference, inference.Gated)
-    assert default.inference.lr == price.inference.lr == 0.1
+    assert default.inference.lr == price.inference.lr == 0.2
+    assert default.server == fp.server.Momentum(1.0, 0.5) and price.server == fp.server.Exact()
+    assert fp.fedsparse(momentum=0.0).server == fp.server.Exact()
+    assert fp.fedsparse(activations=0.5).prior == priors.SharedGates(0.05, activations=0.5)
     budget = fp.fedsparse(budget_mb=3, entropy="none")
     assert budget.budget == Budget(3, ("int8", "int4")) and budget.codec == Sparse("int8") and budget.delta
     assert fp.fedsparse(budget_mb=3, value_type="float32").budget == Budget(3, ("float32",))
@@ -256,6 +264,7 @@ def test_what_an_argument_makes_of_fedsparse() -> None:
         ("bfloat16", "zlib", False),
         ("int2", "zlib", True),
     ]
+    assert [a.downlink for a in rows] == [None, None, Sparse("int8", "zlib")]
     assert default.codec == Sparse() and not default.delta and default.budget is None
 
 

@@ -250,7 +250,7 @@ def test_models_that_cannot_be_cut_everywhere() -> None:
     normed = nn.utils.parametrizations.weight_norm(nn.Linear(4, 6))
     parametrised = nn.Sequential(normed, nn.ReLU(), nn.Linear(6, 5), nn.ReLU(), nn.Linear(5, 3))
     for model in (tied, unscaled, parametrised):
-        for options in (learned, {"density": 0.3}):
+        for options in (learned, {"density": 0.6}):
             result = fp.run(fp.fedsparse(lr=0.1, **options), model, CLIENTS, rounds=6)
             assert result.parameters_left < result.parameters
             assert [g.units for g in result.algorithm.prior.groups] == [5]

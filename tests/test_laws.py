@@ -24,7 +24,7 @@ def test_law(case: Case, law: Callable[[Case], None]) -> None:
 def test_the_flat_limit_keeps_the_m_step() -> None:
     """At precision 0 log_prob says nothing; the M-step is that of every positive precision."""
     flat, curved = next(c for c in PRIORS if c.name == "gaussian-0"), priors.Gaussian(1e-6)
-    stats = total(flat.clients())
+    stats = total(flat.with_prior(curved).clients())
     assert equal(flat.prior.m_step(flat.eta(), stats).mean, curved.m_step(flat.eta(), stats).mean)
     assert float(curved.log_prob(flat.eta(), stats)) == pytest.approx(0, abs=1e-3)
 

@@ -6,6 +6,7 @@ import itertools
 
 import pytest
 import torch
+from torch import nn
 
 import fedprior as fp
 from cases import count_alive
@@ -115,7 +116,8 @@ def test_units_of_one_size_are_chosen_as_by_trying_all_choices() -> None:
         best = max(itertools.combinations(range(7), count), key=lambda units: sum(float(gain[u]) for u in units))
         assert keep[groups[0].name].nonzero().flatten().tolist() == list(best)
         dropped = gain[keep[groups[0].name] == 0]
-        assert price == pytest.approx(float(dropped.max()) / each if len(dropped) else 0.0)
+        share = each / (3 + 7 * each)
+        assert price == pytest.approx(float(dropped.max()) / share if len(dropped) else 0.0)
 
 
 def test_a_price_separates_what_stays_from_what_goes() -> None:
@@ -124,7 +126,7 @@ def test_a_price_separates_what_stays_from_what_goes() -> None:
     worth = gains(groups)
     for g in groups:
         stays = keep[g.name] > 0
-        ratio = worth[g.name][stays] / torch.from_numpy(live.costs(g.name))[stays]
+        ratio = worth[g.name][stays] / torch.from_numpy(live.shares(g.name))[stays]
         assert price > 0 and float(ratio.min()) >= price * (1 - 1e-12)
 
 
@@ -161,3 +163,35 @@ def test_the_largest_layer_is_not_the_one_with_the_most_units() -> None:
     groups, params = structure.groups(model, torch.zeros(1, 20).double()), Objective(model).params()
     keep = selection.narrow(groups, params, sum(v.numel() for v in params.values()) - 1, names(model))
     assert [int(keep[g.name].sum()) for g in sorted(groups, key=lambda g: g.name)] == [5, 12]
+
+
+def test_activations_are_counted_by_hand() -> None:
+    """Outputs of all layers that make a unit: 10 x 10 positions of a filter, 1 of a neuron, 5 tokens of a head."""
+    net = nn.Sequential(nn.Conv2d(1, 3, 3), nn.ReLU(), nn.Conv2d(3, 3, 3, groups=3), nn.Flatten(), nn.Linear(192, 4))
+    net.append(nn.Linear(4, 2))
+    x = torch.zeros(2, 1, 12, 12)
+    made = selection.activations(structure.groups(net, x), net, x)
+    assert [a.tolist() for a in made.values()] == [[10 * 10 + 8 * 8] * 3, [1.0] * 4]
+    text = fp.models.char_transformer(9, 5, 8, 2, 4, depth=1, hidden=6, every=True)
+    letters = torch.zeros(1, 5, dtype=torch.int64)
+    made = selection.activations(structure.groups(text, letters), text, letters)
+    assert sorted(a.tolist() for a in made.values()) == [[5.0] * 6, [5.0 * 4 * 3] * 2]
+
+
+def test_costly_activations_go_first() -> None:
+    """Equal gains: without their activations the filters stay and neurons go, with them the filters go."""
+    net = nn.Sequential(
+        nn.Conv2d(1, 6, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(6, 6), nn.ReLU()
+    )
+    net.append(nn.Linear(6, 40))
+    x = torch.zeros(1, 1, 12, 12)
+    groups, params = structure.groups(net, x), Objective(net).params()
+    ones = {g.name: torch.ones(g.units) for g in groups}
+    made = selection.activations(groups, net, x)
+    made = {g: a / sum(float(v.sum()) for v in made.values()) for g, a in made.items()}
+    allowed = sum(v.numel() for v in params.values()) - 10
+    for costs, loser in ((None, "4"), (made, "0")):
+        keep, _ = selection.select(groups, ones, ones, params, allowed, names(net), costs)
+        assert [g for g, z in keep.items() if not z.all()] == [loser]
+    wide = selection.narrow(groups, params, allowed, names(net), made)
+    assert wide["4"].all() and not wide["0"].all()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import re
 from dataclasses import replace
 
@@ -21,8 +20,8 @@ from test_slim import MODELS, setting
 from test_structure import norm_net
 
 
-def shared(density: float = 0.3, start: float = 1.0, steps: int = 4, **fields) -> priors.SharedGates:
-    return priors.SharedGates(density, start, steps, **fields)
+def shared(density: float = 0.3, start: float = 1.0, steps: int = 4, hold: int = 0, **fields) -> priors.SharedGates:
+    return priors.SharedGates(density, start, steps, hold=hold, **fields)
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -146,18 +145,20 @@ def left(prior: priors.SharedGates, eta) -> int:
     return tree.size(Cut.of(prior.groups, eta.keep).gather(eta.mean))
 
 
-def test_the_schedule_is_geometric_and_ends_at_the_density() -> None:
-    eta = PRIOR.init(normal(generator(0, "eta"), FIELDS["params"]))
+@pytest.mark.parametrize("hold", [0, 2])
+def test_the_schedule_holds_then_is_geometric_and_ends_at_the_density(hold: int) -> None:
+    prior = replace(PRIOR, hold=hold)
+    eta = prior.init(normal(generator(0, "eta"), FIELDS["params"]))
     total = tree.size(eta.mean)
-    assert left(PRIOR, eta) == total
-    counts = [total]
+    counts = [left(prior, eta)]
     for _ in range(8):
-        eta = step(PRIOR, eta, ramp())
-        counts.append(left(PRIOR, eta))
-    factor = 0.3 ** (1 / 4)
-    for before, after in itertools.pairwise(counts):
-        assert after <= max(factor * before, 0.3 * total)
-    assert counts[4] <= 0.3 * total and counts[4:] == [counts[4]] * 5
+        assert prior.settled(eta) == (float(eta.round["t"]) >= hold + 4)
+        eta = step(prior, eta, ramp())
+        counts.append(left(prior, eta))
+    assert counts[: hold + 1] == [total] * (hold + 1)
+    for t in range(1, 5):
+        assert counts[hold + t] <= 0.3 ** (t / 4) * total < counts[hold + t - 1]
+    assert counts[hold + 4 :] == [counts[hold + 4]] * (5 - hold)
 
 
 NETS = {
@@ -181,13 +182,13 @@ def test_the_density_is_met_early_and_no_layer_is_lost(name: str, density: float
         eta = step(prior, eta, {g: torch.rand(z.shape, generator=rng) for g, z in eta.keep.items()})
         prices.append(float(eta.price["lambda_0"]))
         assert all(z.any() for z in eta.keep.values())
-    assert counts[0] <= 3.5 * wanted and counts[0] > 3.3 * wanted
+    hold, steps = int(0.45 * rounds), max(1, rounds // 5)
+    assert 1.4 * wanted < counts[0] <= 1.55 * wanted
     assert all(count <= planned for count, planned in zip(counts, plan, strict=True))
+    assert counts[: hold + 1] == counts[:1] * (hold + 1) and plan[hold + steps] == pytest.approx(wanted)
+    assert hold + steps <= 2 * rounds // 3 and plan[hold + steps - 1] > wanted
     assert all(0.9 * wanted < count <= wanted for count in counts[2 * rounds // 3 :])
-    assert (
-        counts[rounds // 8] > wanted and plan[rounds // 4 - 1] > wanted and plan[rounds // 4] == pytest.approx(wanted)
-    )
-    assert min(prices) > 0
+    assert max(prices[:hold]) == 0 and min(prices[hold + steps :]) > 0
 
 
 def test_a_model_that_is_already_small_enough_is_left_alone() -> None:
@@ -242,7 +243,10 @@ def test_without_evidence_nothing_is_removed() -> None:
     assert equal(step(PRIOR, eta, nothing).keep, eta.keep)
 
 
-@pytest.mark.parametrize("bad", [{"density": 0.0}, {"density": 0.5, "start": 0.4}, {"steps": 0}, {"memory": 1.0}])
+BAD = [{"density": 0.0}, {"density": 0.5, "start": 0.4}, {"steps": 0}, {"memory": 1.0}, {"hold": -1}]
+
+
+@pytest.mark.parametrize("bad", [*BAD, {"activations": -0.1}, {"precision": float("inf")}])
 def test_bad_arguments_are_refused(bad) -> None:
     with pytest.raises(ValueError, match="SharedGates needs"):
         shared(**bad)
@@ -284,10 +288,10 @@ def test_a_run_meets_the_density_and_learns() -> None:
     result = run()
     counts = [r.parameters_left for r in result.history]
     assert counts == sorted(counts, reverse=True)
-    assert all(0.17 <= c / result.parameters <= 0.2 for c in counts[8:])
+    assert all(0.2 - 0.06 <= c / result.parameters <= 0.2 for c in counts[8:])  # a filter is 6 % of this model
     assert result.accuracy > 0.8
-    assert result.history[-1].bytes_up < 0.5 * result.history[0].bytes_up
-    assert result.history[-1].bytes_down < 0.5 * result.history[0].bytes_down
+    assert result.history[-1].bytes_up < 0.7 * result.history[0].bytes_up
+    assert result.history[-1].bytes_down < 0.7 * result.history[0].bytes_down
     assert float(result.eta.price["lambda_0"]) > 0
     again = run()
     assert without_seconds(result.history) == without_seconds(again.history)

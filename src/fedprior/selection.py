@@ -17,7 +17,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Collection, Mapping, Sequence
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -44,7 +44,7 @@ def activations(groups: Sequence[Group], model: nn.Module, x: Tensor) -> Params:
         if isinstance(layer, nn.Linear | nn.Conv2d):
 
             def count(layer: nn.Module, _: Any, output: Tensor, name: str = name) -> None:
-                positions[f"{name}.weight"] = output.numel() / len(layer.get_parameter("weight"))
+                positions[f"{name}.weight"] = output.numel() / len(cast(Tensor, layer.weight))
 
             layer.register_forward_hook(count)
     with torch.no_grad():

@@ -45,27 +45,27 @@ class SharedGates:
     Attributes:
         density: which fraction of the model's parameters is left in the end; None for what a budget affords.
         start: which fraction there is in round one (selection.narrow); None for 1.55 times `density`.
-        hold: how many rounds it stays so; None for 0.45 of the run.
-        steps: how many rounds the way from start to density takes then; None for a fifth of the run.
+        steps: how many rounds the way from start to density takes; None for a fifth of the run.
         precision: pull of the clients' weights towards the server's; 0 is flat.
         memory: of the running mean of gains; 0 trusts the last round alone.
         activations: what a share of the model's activations costs, when a share of its parameters costs 1. The larger,
             the faster the model that is left; 0 looks at bytes alone.
+        hold: for how many rounds the model stays as at the start; None for 0.45 of the run.
         groups: the model's units; empty until `bind` finds them.
         counted: names of the model's parameters, which density counts; empty until `bind`.
-        made: group -> (units,) what each unit's activations cost; empty until `bind`.
+        made: group -> (units,) what each unit's activations cost; None until `bind`.
     """
 
     density: float | None
     start: float | None = None
-    hold: int | None = None
     steps: int | None = None
     precision: float = 0.0
     memory: float = 0.5
     activations: float = 0.1
+    hold: int | None = None
     groups: tuple[Group, ...] = ()
     counted: tuple[str, ...] = ()
-    made: Params = field(default_factory=dict, compare=False)
+    made: Params | None = field(default=None, compare=False)
     uplink = ("phi", "gain")
     exact = ("keep", "gain", "price", "round")
 
@@ -82,7 +82,7 @@ class SharedGates:
         density, start = self.density, self.start
         if (density is not None and not 0 < density <= 1) or (start is not None and not (density or 0) <= start <= 1):
             raise ValueError(f"SharedGates needs 0 < density <= start <= 1, got density={density} and start={start}")
-        bad_rounds = (self.steps or 1) < 1 or self.steps == 0 or (self.hold or 0) < 0
+        bad_rounds = (self.steps is not None and self.steps < 1) or (self.hold or 0) < 0
         numbers = (self.precision, self.activations)
         if bad_rounds or not 0 <= self.memory < 1 or not all(0 <= v < float("inf") for v in numbers):
             raise ValueError(
