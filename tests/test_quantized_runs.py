@@ -16,7 +16,7 @@ from fedprior.codecs import Sparse
 
 SHORTER = {  # algorithm, largest loss of accuracy, largest fractions of the bytes up and down
     "int8": (fp.fedavg(0.1, 2, value_type="int8"), 0.02, 0.3, 0.3),
-    "int4": (fp.fedavg(0.1, 2, value_type="int4", entropy="zlib"), 0.03, 0.14, 0.17),
+    "int4": (fp.fedavg(0.1, 2, value_type="int4", entropy="zlib"), 0.03, 0.14, 0.3),
     "topk": (fp.topk(0.1, 0.1, 2), 0.05, 0.14, 1.0),
     "topk-int8": (fp.topk(0.1, 0.1, 2, value_type="int8"), 0.05, 0.07, 1.0),
 }

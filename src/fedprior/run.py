@@ -85,11 +85,7 @@ def run(
         algorithm, objective, clients, engine or Sequential(), availability, seed, rounds, cohort, device
     )
     folder = None if out is None else Path(out)
-    if resume and folder is None:
-        raise ValueError("resume=True needs out=, the folder of the run to go on with")
-    state = loop.first() if folder is None else _open(folder, loop, resume)
-    if state.number > rounds:
-        raise ValueError(f"{folder} has run {state.number} rounds already, and rounds={rounds} asks for fewer")
+    state = _begin(folder, loop, resume, rounds)
     with ExitStack() as stack:
         file = None if folder is None else RecordFile(folder / RECORDS, state.number)
         if file is not None:
@@ -117,6 +113,16 @@ def run(
 
 
 RECORDS = "records.jsonl"
+
+
+def _begin(folder: Path | None, loop: _Loop, resume: bool, rounds: int) -> _State:
+    """The first state, or the one that a folder's run has come to."""
+    if resume and folder is None:
+        raise ValueError("resume=True needs out=, the folder of the run to go on with")
+    state = loop.first() if folder is None else _open(folder, loop, resume)
+    if state.number > rounds:
+        raise ValueError(f"{folder} has run {state.number} rounds already, and rounds={rounds} asks for fewer")
+    return state
 
 
 @dataclass(frozen=True)

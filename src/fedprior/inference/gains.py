@@ -105,7 +105,7 @@ def _slopes(groups: tuple[Group, ...], phi: Params) -> Params:
             value, grad = phi[m.name], phi[m.name].grad
             if grad is None:  # frozen
                 grad = torch.zeros_like(value)
-            along = torch.linalg.vecdot(value.flatten(1), grad.flatten(1)) if value.ndim > 1 else value * grad
+            along = (value * grad).flatten(1).sum(1) if value.ndim > 1 else value * grad  # no BLAS: equal bits
             part = m.per_unit(along, group.units)
             slopes[group.name] = slopes[group.name] + part if group.name in slopes else part
     return slopes
