@@ -217,27 +217,28 @@ def test_what_cannot_be_exported_is_said(monkeypatch: pytest.MonkeyPatch, tmp_pa
 SPARSE = """
 run = { rounds = 2, cohort = 2 }
 data = { name = "digits", clients = 5 }
-algorithm = { name = "fedsparse", lambda_0 = 1.0, gate_lr = 1.0 }
+algorithm = { name = "fedsparse", SIZE }
 """
+SIZES = {"fedsparse": "lambda_0 = 1.0, gate_lr = 1.0", "sized": "density = 0.3", "budget": "budget_mb = 0.05"}
 
 
 @pytest.fixture(scope="module")
 def compared(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Two runs in one folder."""
     place = tmp_path_factory.mktemp("compared")
-    (place / "sparse.toml").write_text(SPARSE)
     call("compare", "digits", "--algorithms", "fedavg", *SMALL, "--out", place / "out")
-    call("run", place / "sparse.toml", "--quiet", "--out", place / "out" / "fedsparse")
+    for name, size in SIZES.items():
+        (place / f"{name}.toml").write_text(SPARSE.replace("SIZE", size))
+        call("run", place / f"{name}.toml", "--quiet", "--out", place / "out" / name)
     return place / "out"
 
 
-@pytest.mark.parametrize("name", ["fedavg", "fedsparse"])
+@pytest.mark.parametrize("name", ["fedavg", *SIZES])
 def test_a_finished_run_is_exported_from_its_folder(compared: Path, name: str, tmp_path: Path) -> None:
     folder = compared / name
     row = json.loads((folder / "results.json").read_text())[0]
     result, written = finished.load(folder)
     assert {key: result.row()[key] for key in row} == row and len(result.inputs) == 64
-    assert (row["parameters_left"] < row["parameters"]) == (name == "fedsparse")
+    assert (row["parameters_left"] < row["parameters"]) == (name != "fedavg")
     line = call("export", folder).stdout
     path = folder / "slim.safetensors"
     for part in (path, f"{row['parameters_left']:,} parameters", f"{path.stat().st_size:,} bytes", "at most 0.0e+00"):

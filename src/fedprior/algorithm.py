@@ -10,6 +10,9 @@ Optional methods of a prior, each with the meaning it has when absent:
     accept(eta_s, stats) -> Stats   what the server counts of an upload       (all of it)
     project(eta, before) -> eta     back to feasible values, after a step     (eta)
 
+An optional attribute: `exact`, a tuple of eta's fields that take the exact M-step whatever the server step is, before
+`project`: gates, counters and running means, which no optimiser may overshoot. Absent, there are none.
+
 eta_s is what the client was sent. `message` sees it as it was decoded, `accept` as the server drew it; `accept` raises
 a PayloadError to refuse the upload.
 
@@ -150,7 +153,7 @@ class Algorithm:
             eta: the round's eta.
             total: the sum of the clients' statistics.
             state: the server step's state.
-            exact: names (running means, say) that no optimiser may overshoot: they take the exact M-step.
+            exact: names (of running means, say) that take the exact M-step, as do the fields in the prior's `exact`.
         """
         target = tree.flatten(self.prior.m_step(eta, total))
         flat, state = self.server.step(tree.flatten(eta), target, state)

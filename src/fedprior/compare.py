@@ -19,7 +19,8 @@ from safetensors.torch import save
 from torch import nn
 
 from fedprior import config as configs
-from fedprior import data
+from fedprior import data, planning
+from fedprior.algorithm import Algorithm
 from fedprior.checkpoint import INDEX
 from fedprior.checks import check_device, check_sizes
 from fedprior.config import TABLES, Config, DataConfig
@@ -69,8 +70,7 @@ def build(config: Config) -> Experiment:
     check_sizes(clients, config.run.seed, config.run.cohort, {})
     outputs = len(VOCABULARY) if config.data.name == "shakespeare" else _outputs(train, test)
     model = configs.resolve(config.model, config.data.name, train.x, outputs, config.run.seed)
-    dealt = replace(config.data, partition=scheme, clients=len(clients))
-    config = replace(config, data=dealt, model=model)
+    config = replace(config, data=replace(config.data, partition=scheme, clients=len(clients)), model=model)
     loss = "regression" if train.y.is_floating_point() else "classification"
     return Experiment(config, clients, test if len(test) else None, _fitting_model(config, train), loss)
 
@@ -146,7 +146,7 @@ def holds_comparison(folder: Path) -> bool:
 def execute(experiment: Experiment, folder: Path, resume: bool = False, progress: bool | None = None) -> Row:
     """Run into `folder` and write what a finished run has; refuse before there is a folder."""
     config = experiment.config
-    _check_algorithm(experiment)
+    planned(experiment, Objective(experiment.model, experiment.loss))
     folder.mkdir(parents=True, exist_ok=True)
     write_atomically(folder / TOML, configs.to_toml(config).encode())
     result = run(
@@ -170,9 +170,11 @@ def execute(experiment: Experiment, folder: Path, resume: bool = False, progress
     return _finish(result, experiment.clients, folder)
 
 
-def _check_algorithm(experiment: Experiment) -> None:
-    """A ValueError for a prior that finds nothing to work on in the model, a ModuleNotFoundError for an extra."""
-    experiment.config.make_algorithm().bind(experiment.model, experiment.clients[0].train.x[:1])
+def planned(experiment: Experiment, objective: Objective) -> Algorithm:
+    """The algorithm as it runs, with its groups and its schedule; a ValueError for what the model does not allow."""
+    settings = experiment.config.run
+    algorithm = experiment.config.make_algorithm().bind(experiment.model, experiment.clients[0].train.x[:1])
+    return planning.plan(algorithm, objective.params(), settings.rounds, settings.cohort)
 
 
 def _finish(result: Result, clients: Population, folder: Path) -> Row:
@@ -241,7 +243,7 @@ def compare(
     """Run each algorithm into folder/NAME, and write the rows of all to folder/results.json after each."""
     experiments = [replace(experiment, config=replace(experiment.config, algorithm=call)) for call in algorithms]
     for e in experiments:
-        _check_algorithm(e)
+        planned(e, Objective(e.model, e.loss))
     for path in sorted(folder.glob(f"*/{TOML}")):
         for e in experiments:
             if holds_run(path.parent):
@@ -250,9 +252,10 @@ def compare(
     for e in experiments:
         place = folder / e.config.algorithm.name
         done = read_rows(place)
-        finished = bool(done) and done[0]["rounds"] == e.config.run.rounds
-        row = done[0] if finished else execute(e, place, resume, progress)
-        rows = _replaced(rows, row)
+        budget, rounds = e.config.make_algorithm().budget, e.config.run.rounds
+        spent = bool(done) and budget is not None and budget.spent(read(place / RECORDS), e.config.run.cohort)
+        finished = bool(done) and (done[0]["rounds"] == rounds or spent)
+        rows = _replaced(rows, done[0] if finished else execute(e, place, resume, progress))
         _write_json(folder / RESULTS, rows)
     return rows
 

@@ -124,7 +124,7 @@ class Prior(Protocol):
 
     Optional methods, looked up by the functions of `algorithm.py` and described there:
     `bind(model, x)`, `sample(eta, rng)`, `cut(eta)`, `message(eta, q)`, `reference(eta, sent)`, `accept(eta, stats)`,
-    `project(eta, before)`.
+    `project(eta, before)`; and an optional attribute, `exact`.
     """
 
     @property

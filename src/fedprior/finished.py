@@ -8,7 +8,7 @@ from pathlib import Path
 from fedprior import checkpoint, tree
 from fedprior import config as configs
 from fedprior.codecs import schema_of
-from fedprior.compare import TOML, build, holds_run
+from fedprior.compare import RESULTS, TOML, build, holds_run, planned
 from fedprior.config import Config
 from fedprior.objective import Objective
 from fedprior.records import read
@@ -26,12 +26,13 @@ def load(folder: Path) -> tuple[Result, Config]:
     config = _config(folder)
     saved = checkpoint.read(folder)
     done = 0 if saved is None else saved.number
-    if saved is None or done < config.run.rounds:
+    spent = config.make_algorithm().budget is not None and (folder / RESULTS).exists()
+    if saved is None or (done < config.run.rounds and not spent):
         again = f"fedprior run {folder / TOML} --resume {folder}"
         raise ValueError(f"{folder} has {done} of {config.run.rounds} rounds; to finish it: {again}")
     experiment = build(replace(config, run=replace(config.run, device="cpu")))
     objective = Objective(experiment.model, experiment.loss)
-    algorithm = config.make_algorithm().bind(objective.model, experiment.clients[0].train.x[:1])
+    algorithm = planned(experiment, objective)
     like, _ = algorithm.start(objective.params())
     if dict(schema_of(tree.flatten(like))) != dict(schema_of(saved.eta)):
         raise ValueError(f"the checkpoint in {folder} is not of the model and algorithm in its {TOML}")

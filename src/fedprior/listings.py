@@ -30,7 +30,7 @@ def algorithms() -> None:
 
 def _brief(part: Any) -> str:
     """The part's class, with the fields that are not at their defaults."""
-    named = fields(part) if is_dataclass(part) else ()
+    named = [f for f in fields(part) if f.repr] if is_dataclass(part) else []
     wanted = [f for f in named if f.default != getattr(part, f.name) and f.name not in ("lr", "epochs", "batch_size")]
     return f"{type(part).__name__}({', '.join(f'{f.name}={getattr(part, f.name)}' for f in wanted)})"
 
@@ -56,4 +56,4 @@ def data(name: Name = "", quiet: Silent = False) -> None:
 
 def console() -> Console:
     """On stdout; wide where it is not a terminal. Without markup: [data] is the name of an extra."""
-    return Console(width=None if sys.stdout.isatty() else 140, markup=False)
+    return Console(width=None if sys.stdout.isatty() else 180, markup=False)

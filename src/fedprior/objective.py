@@ -142,11 +142,11 @@ class Objective:
             if name in values:
                 before.append((slot, key, slot[key]))
                 slot[key] = values[name]
-        self._held = phi
+        outer, self._held = self._held, phi
         try:
             yield
         finally:
-            self._held = None
+            self._held = outer
             for slot, key, value in before:
                 slot[key] = value
 

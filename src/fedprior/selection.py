@@ -17,7 +17,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Collection, Mapping, Sequence
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import torch
@@ -39,12 +39,13 @@ def activations(groups: Sequence[Group], model: nn.Module, x: Tensor) -> Params:
         model: any module; it is run once, in evaluation mode.
         x: example inputs, shape (n, ...); one is used.
     """
-    model, positions = copy.deepcopy(model).eval(), {}
+    model = copy.deepcopy(model).eval()
+    positions: dict[str, float] = {}
     for name, layer in model.named_modules():
         if isinstance(layer, nn.Linear | nn.Conv2d):
 
-            def count(layer: nn.Module, _: Any, output: Tensor, name: str = name) -> None:
-                positions[f"{name}.weight"] = output.numel() / len(cast(Tensor, layer.weight))
+            def count(layer: nn.Linear | nn.Conv2d, _: Any, output: Tensor, name: str = f"{name}.weight") -> None:
+                positions[name] = positions.get(name, 0.0) + output.numel() / len(layer.weight)
 
             layer.register_forward_hook(count)
     with torch.no_grad():
@@ -52,7 +53,7 @@ def activations(groups: Sequence[Group], model: nn.Module, x: Tensor) -> Params:
     made: Params = {g.name: torch.zeros(g.units) for g in groups}
     for group in groups:
         for m in (m for m in group.members if m.out and m.name in positions):
-            ones = torch.full((len(m.unit),), float(positions[m.name]))
+            ones = torch.full((len(m.unit),), positions[m.name])
             made[group.name] = made[group.name] + m.per_unit(ones, group.units)
     return made
 
@@ -73,8 +74,8 @@ class Live:
         self._shapes = shapes
         self._all = sum(math.prod(shape) for shape in shapes.values())
         made = made or {g.name: torch.zeros(g.units) for g in groups}
-        self._made = {g: a.cpu().numpy() for g, a in made.items()}
-        self.open = {g.name: keep[g.name].cpu().numpy() > 0 for g in groups}
+        self._made = {g: a.double().cpu().numpy() for g, a in made.items()}
+        self.open = {g.name: (keep[g.name] > 0).cpu().numpy() for g in groups}
         left: dict[Key, np.ndarray] = {}
         for group in groups:
             for m in group.members:

@@ -72,6 +72,7 @@ class Gains:
         examples = len(client.train)
         nothing = {g: torch.zeros_like(z) for g, z in eta.keep.items()}
         slopes: list[Params] = []
+        settled = prior.settled(eta)
         sizes: list[int] = []
 
         def bound(x: Tensor, y: Tensor) -> Tensor:
@@ -80,7 +81,7 @@ class Gains:
             return objective.log_lik(phi, x, y) + prior_term / examples
 
         def watch() -> None:
-            if not prior.settled(eta):
+            if not settled:
                 slopes.append(_slopes(prior.groups, phi))
 
         objective.train()

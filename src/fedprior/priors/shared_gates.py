@@ -14,6 +14,8 @@ with lambda_0 the dual variable of  live(z) <= allowed_t: the price at which wha
 
     allowed_t = start^(1 - s) density^s live(1),    s = (t - hold) / steps between 0 and 1,    after round t
 
+Rounds from which nothing arrived do not count in t.
+
     paper      code        shape                             paper      code          shape
     w          eta.mean    as the parameters                 e          eta.gain      group -> (units,), nats
     z          eta.keep    group -> (units,), 0 or 1         lambda_0   eta.price     {"lambda_0": scalar}, nats
@@ -31,11 +33,12 @@ import torch
 from torch import Tensor, nn
 
 from fedprior import selection, structure, tree
+from fedprior.codecs import PayloadError
 from fedprior.core import Params, Stats
 from fedprior.slim import Cut
 from fedprior.structure import Group
 
-_WIDER, _HOLD = 1.55, 0.45
+_WIDER, _HOLD, _MOST = 1.55, 0.45, 1e9
 
 
 @dataclass(frozen=True)
@@ -65,7 +68,7 @@ class SharedGates:
     hold: int | None = None
     groups: tuple[Group, ...] = ()
     counted: tuple[str, ...] = ()
-    made: Params | None = field(default=None, compare=False)
+    made: Params | None = field(default=None, compare=False, repr=False)
     uplink = ("phi", "gain")
     exact = ("keep", "gain", "price", "round")
 
@@ -161,6 +164,13 @@ class SharedGates:
     def cut(self, eta: Eta) -> Cut:
         """What is left of the model."""
         return Cut.of(self.groups, eta.keep)
+
+    def accept(self, eta: Eta, t: Stats) -> Stats:
+        """The statistics of a client; a PayloadError for gains that no E-step finds."""
+        for name, gain in t["gain"].items():
+            if bool((gain < 0).any()) or bool((gain > _MOST * t.clients).any()):
+                raise PayloadError(f"gain/{name}: gains are nats between 0 and {_MOST:g}")
+        return t
 
     def project(self, eta: Eta, before: Eta) -> Eta:
         """Remember the gains, and remove the units that are not worth the price.
