@@ -219,7 +219,7 @@ run = { rounds = 2, cohort = 2 }
 data = { name = "digits", clients = 5 }
 algorithm = { name = "fedsparse", SIZE }
 """
-SIZES = {"fedsparse": "lambda_0 = 1.0, gate_lr = 1.0", "sized": "density = 0.3", "budget": "budget_mb = 0.05"}
+SIZES = {"fedsparse": "lambda_0 = 1.0, gate_lr = 1.0", "sized": "density = 0.3", "budget": "budget_mb = 0.02"}
 
 
 @pytest.fixture(scope="module")
