@@ -56,7 +56,7 @@ def cut_lenet(widths: Sequence[int]) -> Result:
     """LeNet 20-50-500 as after a run that left the first `widths` units of its layers."""
     model = fp.models.lenet()
     inputs = torch.rand(64, 1, 28, 28, generator=generator(0, "inputs"))
-    algorithm = fp.fedsparse().bind(model, inputs[:1])
+    algorithm = fp.fedsparse(lambda_0=0.01).bind(model, inputs[:1])
     eta, _ = algorithm.start(Objective(model).params())
     for (_, keep), width in zip(sorted(eta.keep.items()), widths, strict=True):
         keep[width:] = 0.0
