@@ -35,6 +35,7 @@ from torch import Tensor, nn
 from fedprior import selection, structure, tree
 from fedprior.codecs import PayloadError
 from fedprior.core import Params, Stats
+from fedprior.priors.gaussian import Gaussian
 from fedprior.slim import Cut
 from fedprior.structure import Group
 
@@ -144,13 +145,7 @@ class SharedGates:
 
     def log_prob(self, eta: Eta, t: Stats) -> Tensor:
         """-(precision/2) |phi - w|^2 summed over clients; z is the server's alone."""
-        if self.precision == 0:
-            return torch.zeros(())
-
-        def square(w: Tensor, phi: Tensor, phi_sq: Tensor) -> Tensor:
-            return phi_sq - 2 * w * phi + t.clients * w**2
-
-        return -0.5 * self.precision * tree.total(tree.map(square, eta.mean, t["phi"], t["phi_sq"]))
+        return Gaussian(self.precision).log_prob(eta, t)
 
     def m_step(self, eta: Eta, t: Stats) -> Eta:
         """Means over clients; `project` decides on the gates."""
