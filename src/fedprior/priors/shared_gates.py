@@ -145,7 +145,7 @@ class SharedGates:
 
     def log_prob(self, eta: Eta, t: Stats) -> Tensor:
         """-(precision/2) |phi - w|^2 summed over clients; z is the server's alone."""
-        return Gaussian(self.precision).log_prob(eta, t)
+        return Gaussian(self.precision).log_prob(Gaussian.Eta(eta.mean), t)
 
     def m_step(self, eta: Eta, t: Stats) -> Eta:
         """Means over clients; `project` decides on the gates."""
