@@ -21,8 +21,10 @@ def what_is_left(objective: Objective, prior: Any, eta: Eta) -> tuple[Cut, Objec
 
     Such a prior has `cut(eta)` and `groups`, and its eta `mean` and `keep`: values per parameter and per unit.
     """
-    small = objective.cut(prior.cut(eta))
-    cut = small.made_by or prior.cut(eta)  # the same cut, which remembers what it has worked out
+    cut = prior.cut(eta)
+    small = objective.cut(cut)
+    if small is not objective and small.made_by is not None:
+        cut = small.made_by  # an equal one, which remembers what it has worked out
     small_eta = eta._replace(mean=cut.gather(eta.mean), keep=cut.units(eta.keep))
     return cut, small, replace(prior, groups=cut.small_groups), small_eta
 

@@ -24,7 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fedprior import posteriors, tree
+from fedprior import posteriors, structure, tree
 from fedprior.core import Client, Eta, Params
 from fedprior.inference.ascent import Descent, ascend, check_steps, detached, leaves, what_is_left
 from fedprior.objective import Objective
@@ -100,13 +100,6 @@ class Gains:
 @torch.no_grad()
 def _slopes(groups: tuple[Group, ...], phi: Params) -> Params:
     """dL/dz_g = sum of phi_j dL/dphi_j over what g owns, up to the sign, group -> (units,)."""
-    slopes: Params = {}
-    for group in groups:
-        for m in (m for m in group.members if m.out):
-            value, grad = phi[m.name], phi[m.name].grad
-            if grad is None:  # frozen
-                grad = torch.zeros_like(value)
-            along = (value * grad).flatten(1).sum(1) if value.ndim > 1 else value * grad  # no BLAS: equal bits
-            part = m.per_unit(along, group.units)
-            slopes[group.name] = slopes[group.name] + part if group.name in slopes else part
-    return slopes
+    own = dict.fromkeys(m.name for group in groups for m in group.members if m.out)
+    grads = {name: phi[name].grad for name in own}  # None where frozen
+    return structure.sums(groups, {k: torch.zeros_like(phi[k]) if g is None else phi[k] * g for k, g in grads.items()})
