@@ -206,8 +206,8 @@ def close(a: Params, b: Params, tolerance: float = 1e-12) -> bool:
 
 def without_seconds(history: Sequence[fp.Round]) -> list[fp.Round]:
     """Records without wall times: what must be equal between equal runs."""
-    rows = [replace(r, clients=tuple(replace(c, seconds=0.0) for c in r.clients)) for r in history]
-    return [replace(r, seconds=0.0, seconds_evaluate=0.0) for r in rows]
+    rows = [replace(r, clients=tuple(replace(c, seconds=0.0, seconds_wire=0.0) for c in r.clients)) for r in history]
+    return [replace(r, seconds=0.0, seconds_evaluate=0.0, seconds_train=0.0, seconds_wire=0.0) for r in rows]
 
 
 def count_alive(z: Params, params: Params) -> int:

@@ -209,7 +209,12 @@ class Codec(Protocol):
 
 @runtime_checkable
 class Work(Protocol):
-    """One round's work, as run.py hands it to an engine. Instances can be copied to other processes."""
+    """One round's work, as run.py hands it to an engine."""
+
+    @property
+    def store(self) -> Any:
+        """Personal states; a copy of the work in another process asks the run's own (store.py)."""
+        ...
 
     def client(self, index: int, /) -> Any:
         """What client `index` uploads: its E-step's statistics, encoded."""
@@ -219,10 +224,18 @@ class Work(Protocol):
         """The server's side: the decoded statistics, or None for an upload that was refused."""
         ...
 
+    def changes(self) -> Any:
+        """What differs from round to round, as plain data."""
+        ...
+
+    def changed(self, changes: Any, /) -> Work:
+        """An earlier round's work made into that of the round that `changes` come from."""
+        ...
+
 
 @runtime_checkable
 class Engine(Protocol):
-    """Runs a round's clients. Engines differ in speed only."""
+    """Runs a round's clients. Engines differ in speed only. `close()`, if there is one, is called at a run's end."""
 
     def map_sum(self, work: Work, indices: Sequence[int], /) -> Stats | None:
         """The sum, in the order of `indices`, of receive(client(index)) without the Nones."""

@@ -33,10 +33,16 @@ class Loss:
     Attributes:
         log_lik: log-likelihood of each example in nats, (outputs, targets) -> (n,).
         scores: further quantities whose mean over examples is reported, e.g. accuracy.
+        mean: what log_lik(outputs, targets).mean() is, a scalar, where one call of PyTorch's gives it; else None.
     """
 
     log_lik: PerExample
     scores: Mapping[str, PerExample] = field(default_factory=dict)
+    mean: PerExample | None = None
+
+    def of_batch(self, outputs: Tensor, y: Tensor) -> Tensor:
+        """The mean log-likelihood per example, a scalar."""
+        return self.log_lik(outputs, y).mean() if self.mean is None else self.mean(outputs, y)
 
     def __str__(self) -> str:
         return getattr(self.log_lik, "__qualname__", type(self.log_lik).__name__)
@@ -44,14 +50,24 @@ class Loss:
 
 def _categorical(logits: Tensor, y: Tensor) -> Tensor:
     """Class logits (n, classes), or (n, positions, classes), whose positions are summed."""
+    _check_classes(logits, y)
+    if logits.ndim == 2:
+        return -F.cross_entropy(logits, y, reduction="none")
+    return -F.cross_entropy(logits.flatten(0, -2), y.flatten(), reduction="none").view(y.shape).flatten(1).sum(1)
+
+
+def _mean_categorical(logits: Tensor, y: Tensor) -> Tensor:
+    _check_classes(logits, y)
+    positions = y[0].numel()
+    return -F.cross_entropy(logits.flatten(0, -2) if logits.ndim > 2 else logits, y.flatten()) * positions
+
+
+def _check_classes(logits: Tensor, y: Tensor) -> None:
     if y.is_floating_point() or y.shape != logits.shape[:-1]:
         raise ValueError(
             f"classification needs int64 class indices of shape {tuple(logits.shape[:-1])}, got {y.dtype} of shape "
             f"{tuple(y.shape)}; write y.argmax(1) for one-hot labels, or loss='regression' for numbers"
         )
-    if logits.ndim == 2:
-        return -F.cross_entropy(logits, y, reduction="none")
-    return -F.cross_entropy(logits.flatten(0, -2), y.flatten(), reduction="none").view(y.shape).flatten(1).sum(1)
 
 
 def _hits(logits: Tensor, y: Tensor) -> Tensor:
@@ -72,7 +88,7 @@ def _gaussian(outputs: Tensor, y: Tensor) -> Tensor:
 
 
 LOSSES: Mapping[str, Loss] = {
-    "classification": Loss(_categorical, {"accuracy": _hits}),
+    "classification": Loss(_categorical, {"accuracy": _hits}, _mean_categorical),
     "regression": Loss(_gaussian, {"squared_error": _squared_error}),
 }
 
@@ -171,7 +187,7 @@ class Objective:
 
     def log_lik(self, phi: Params, x: Tensor, y: Tensor) -> Tensor:
         """Mean log-likelihood per example of a batch, in nats; an E-step's gradient comes from here."""
-        return self.loss.log_lik(self.outputs(phi, x), y).mean()
+        return self.loss.of_batch(self.outputs(phi, x), y)
 
     def cut(self, cut: Cut) -> Objective:
         """The same objective over what is left of the model; the newest one is remembered."""

@@ -21,6 +21,7 @@ class ClientRecord:
         client: its name.
         status: "ok"; "dropped" (never answered) or "late" (after the deadline), both simulated; "rejected", its
             payload was refused for `reason`.
+        seconds: of its E-step; `seconds_wire` of encoding, decoding and keeping its state, on both sides.
     """
 
     index: int
@@ -31,6 +32,7 @@ class ClientRecord:
     bytes_up: int
     seconds: float
     reason: str = ""
+    seconds_wire: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -42,6 +44,8 @@ class Round:
         metrics: of the model after the round on the test set: nats, accuracy, ...; empty if not evaluated.
         parameters_left: live parameters after the round.
         seconds: wall time of the round without its evaluation, `seconds_evaluate` that of the evaluation.
+        seconds_train: of the E-steps, summed over clients: on several cores more than the wall time.
+        seconds_wire: of encoding, decoding and personal states, summed over clients and the broadcast.
         kept_eta: why the M-step was not taken and eta stayed as it was; empty if it was taken.
     """
 
@@ -54,6 +58,8 @@ class Round:
     metrics: dict[str, float] = field(default_factory=dict)
     clients: tuple[ClientRecord, ...] = ()
     kept_eta: str = ""
+    seconds_train: float = 0.0
+    seconds_wire: float = 0.0
 
     def to_json(self) -> str:
         """One line."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 from fedprior import tree, wire
@@ -22,7 +22,7 @@ class Upload:
     """What comes back from a client: a payload, or the reason why there is none.
 
     The personal state (empty: none) does not travel in a real federation; here it is handed to the store. `bytes_down`
-    is the length of the payload that the client was sent.
+    is the length of the payload that the client was sent; seconds are those of the E-step, and of the wire.
     """
 
     index: int
@@ -33,6 +33,7 @@ class Upload:
     payload: bytes = b""
     state: Params = field(default_factory=dict)
     seconds: float = 0.0
+    seconds_wire: float = 0.0
 
 
 @dataclass
@@ -60,6 +61,16 @@ class RoundWork:
     up_schema: Schema
     device: str = "cpu"
     records: list[ClientRecord] = field(default_factory=list)
+
+    def changes(self) -> tuple[int, bytes, Params]:
+        """What differs from round to round, and a copy of an earlier round's work in another process lacks."""
+        return self.number, self.down, tree.flatten(self.like) if self.algorithm.samples else {}
+
+    def changed(self, changes: tuple[int, bytes, Params]) -> RoundWork:
+        """The work of the round that `changes` come from. Without samples, eta serves for its names alone."""
+        number, down, flat = changes
+        like = tree.unflatten(self.like, flat) if flat else self.like
+        return replace(self, number=number, down=down, like=like, records=[])
 
     def sent(self, index: int) -> Eta:
         """The eta of one client, by its own index, before it is encoded: drawn again whenever it is asked for."""
@@ -90,34 +101,36 @@ class RoundWork:
         down = self.downlink(client.index)
         if status != "ok":
             return Upload(client.index, client.name, examples, status, len(down))
-        started = time.perf_counter()
         try:
-            payload, state = self._train(client, down)
+            return self._train(client, down)
         except Exception as error:
             error.add_note(f"in round {self.number}, client {client.name!r} (index {client.index}), seed {self.seed}")
             raise
-        seconds = time.perf_counter() - started
-        return Upload(client.index, client.name, examples, "ok", len(down), payload, state, seconds)
 
-    def _train(self, client: Client, down: bytes) -> tuple[bytes, Params]:
-        """The E-step: the encoded statistics, and the next personal state."""
+    def _train(self, client: Client, down: bytes) -> Upload:
+        """Decode eta, the E-step, encode the statistics."""
         if len(client.train) == 0:
             raise ValueError(f"client {client.name!r} has no training examples: leave it out of the population")
-        on_device = Client(client.index, client.name, client.train.to(self.device), client.held_out)
-        rng = generator(self.seed, self.number, client.index, "e_step")
+        began = time.perf_counter()
         algorithm, eta, state = self.algorithm, self._eta(down), self.store.load(client.index)
         own, residual = (wire.part(state, name, self.device) for name in ("e_step", "residual"))
+        on_device = Client(client.index, client.name, client.train.to(self.device), client.held_out)
+        rng = generator(self.seed, self.number, client.index, "e_step")
+        started = time.perf_counter()
         q, own = algorithm.inference.e_step(self.objective, algorithm.prior, eta, on_device, own, rng)
+        seconds = time.perf_counter() - started
         stats, weight = algorithm.message(eta, q), algorithm.weight(client)
         payload, residual = wire.encode(algorithm, eta, stats, weight, residual)
-        return payload, wire.join({"e_step": own, "residual": residual})
+        state = wire.join({"e_step": own, "residual": residual})
+        wired = time.perf_counter() - began - seconds
+        return Upload(client.index, client.name, len(client.train), "ok", len(down), payload, state, seconds, wired)
 
     def receive(self, upload: Upload) -> Stats | None:
         """Decode and check; a payload that is refused is recorded with the reason, and the round goes on.
 
         A client's personal state goes on with the server: it is that of the last upload that was accepted.
         """
-        status, reason, stats = upload.status, "", None
+        status, reason, stats, began = upload.status, "", None, time.perf_counter()
         if status == "ok":
             try:
                 stats = self._decode(upload)
@@ -135,6 +148,7 @@ class RoundWork:
                 len(upload.payload),
                 upload.seconds,
                 reason,
+                upload.seconds_wire + time.perf_counter() - began,
             )
         )
         return stats

@@ -16,7 +16,7 @@ from fedprior.algorithm import Algorithm
 from fedprior.codecs import schema_of
 from fedprior.cohort import Availability, sample
 from fedprior.core import Client, Engine, Eta, Examples, Params, Population, Schema, Stats
-from fedprior.engines import Sequential
+from fedprior.engines import Auto
 from fedprior.metrics import evaluate
 from fedprior.objective import Loss, Objective, PerExample
 from fedprior.progress import Progress
@@ -57,7 +57,7 @@ def run(
         test: examples for the central evaluation.
         seed: all randomness of the run derives from it.
         loss: "classification", "regression", a Loss, or (outputs, targets) -> log-likelihood of each example.
-        engine: how clients are run; Sequential() if None.
+        engine: how clients are run; Auto() if None, which chooses between the loop and worker processes.
         availability: simulated drop-outs and deadline; everybody answers if None.
         device: of parameters and training, e.g. "cuda".
         out: folder for records.jsonl, checkpoints and personal states; nothing is written if None.
@@ -81,12 +81,11 @@ def run(
     checks.check_device(device)
     objective = Objective(model, loss, device)
     checks.check_fit(objective, clients, test, device)
-    loop = _Loop.build(
-        algorithm, objective, clients, engine or Sequential(), availability, seed, rounds, cohort, device
-    )
+    loop = _Loop.build(algorithm, objective, clients, engine or Auto(), availability, seed, rounds, cohort, device)
     folder = None if out is None else Path(out)
     state = _begin(folder, loop, resume, rounds)
     with ExitStack() as stack:
+        stack.callback(getattr(loop.engine, "close", lambda: None))
         file = None if folder is None else RecordFile(folder / RECORDS, state.number)
         if file is not None:
             stack.callback(file.close)
@@ -197,6 +196,8 @@ class _Loop:
     def round(self, state: _State) -> tuple[_State, Round]:
         """One round: send eta, run the E-steps, sum, M-step."""
         number, started = state.number + 1, time.perf_counter()
+        down = b"" if self.algorithm.samples else wire.encode_eta(self.algorithm, state.eta)
+        broadcast = time.perf_counter() - started
         work = RoundWork(
             algorithm=self.algorithm,
             objective=self.objective,
@@ -206,7 +207,7 @@ class _Loop:
             seed=self.seed,
             number=number,
             like=state.eta,
-            down=b"" if self.algorithm.samples else wire.encode_eta(self.algorithm, state.eta),
+            down=down,
             down_schema=schema_of(tree.flatten(state.eta)),
             up_schema=self.up_schema,
             device=self.device,
@@ -224,6 +225,8 @@ class _Loop:
             seconds_evaluate=0.0,
             clients=tuple(work.records),
             kept_eta=kept,
+            seconds_train=sum(c.seconds for c in work.records),
+            seconds_wire=broadcast + sum(c.seconds_wire for c in work.records),
         )
         return _State(number, eta, server, state.store), record
 

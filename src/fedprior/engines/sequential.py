@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -23,13 +24,24 @@ class Sequential:
 
     def map_sum(self, work: Work, indices: Sequence[int]) -> Stats | None:
         """The sum of the clients' statistics in the order of `indices`."""
-        total: Stats | None = None
-        with torch_threads(self.threads):
-            for index in indices:
-                stats = work.receive(work.client(index))
-                if stats is not None:
-                    total = stats if total is None else total + stats
-        return total
+        return summed(work, self.uploads(work, indices))
+
+    def uploads(self, work: Work, indices: Sequence[int]) -> Iterator[Any]:
+        """What the clients send, one after the other."""
+        for index in indices:
+            with torch_threads(self.threads):
+                upload = work.client(index)
+            yield upload
+
+
+def summed(work: Work, uploads: Iterable[Any]) -> Stats | None:
+    """The sum of what was received, in the order of `uploads`: all engines add alike."""
+    total: Stats | None = None
+    for upload in uploads:
+        stats = work.receive(upload)
+        if stats is not None:
+            total = stats if total is None else total + stats
+    return total
 
 
 @contextmanager

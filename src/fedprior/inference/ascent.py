@@ -38,11 +38,18 @@ def batches(
     """
     for _ in range(epochs):
         order = torch.randperm(len(data), generator=rng).to(data.x.device)
-        parts = list(order.split(size or len(data)))
-        if len(parts) > 1 and len(parts[-1]) < smallest:
-            parts[-2:] = [torch.cat(parts[-2:])]
-        for index in parts:
-            yield data.take(index)
+        x, y = data.x.index_select(0, order), data.y.index_select(0, order)
+        sizes = batch_sizes(len(data), size, smallest)
+        yield from map(Examples, x.split(sizes), y.split(sizes))
+
+
+def batch_sizes(examples: int, size: int | None, smallest: int = 1) -> list[int]:
+    """The sizes of an epoch's batches, as `batches` makes them."""
+    size = min(size or examples, examples)
+    sizes = [size] * (examples // size) + [examples % size] * (examples % size > 0)
+    if len(sizes) > 1 and sizes[-1] < smallest:
+        sizes[-2:] = [sum(sizes[-2:])]
+    return sizes
 
 
 def ascend(

@@ -75,10 +75,15 @@ class Gains:
         settled = prior.settled(eta)
         sizes: list[int] = []
 
+        def prior_term() -> Tensor:
+            return prior.log_prob(eta, prior.stats(posteriors.Gains(phi, nothing)))
+
+        pulls = prior_term().requires_grad  # a flat slab does not
+
         def bound(x: Tensor, y: Tensor) -> Tensor:
             sizes.append(len(x))
-            prior_term = prior.log_prob(eta, prior.stats(posteriors.Gains(phi, nothing)))
-            return objective.log_lik(phi, x, y) + prior_term / examples
+            log_lik = objective.log_lik(phi, x, y)
+            return log_lik + prior_term() / examples if pulls else log_lik
 
         def watch() -> None:
             if not settled:

@@ -67,9 +67,11 @@ class Point:
         phi, trained = leaves(objective, prior.point(eta))
         q = posteriors.Point(phi)
         examples = len(client.train)
+        pulls = prior.log_prob(eta, prior.stats(q)).requires_grad  # a flat prior does not
 
         def bound(x: Tensor, y: Tensor) -> Tensor:
-            return objective.log_lik(phi, x, y) + prior.log_prob(eta, prior.stats(q)) / examples
+            log_lik = objective.log_lik(phi, x, y)
+            return log_lik + prior.log_prob(eta, prior.stats(q)) / examples if pulls else log_lik
 
         objective.train()
         smallest, optimizers = objective.smallest_batch, [self._optimizer(trained)]
