@@ -9,6 +9,8 @@ Optional methods of a prior, each with the meaning it has when absent:
     reference(eta_s, sent) -> Stats what deltas are taken from: see below     (the message of inference.start)
     accept(eta_s, stats) -> Stats   what the server counts of an upload       (all of it)
     project(eta, before) -> eta     back to feasible values, after a step     (eta)
+    idle(eta) -> eta                a round from which nothing arrived        (eta)
+    full(eta) -> q                  whose message is as long as any can be    (unknown: budget.py)
 
 An optional attribute: `exact`, a tuple of eta's fields that take the exact M-step whatever the server step is, before
 `project`: gates, counters and running means, which no optimiser may overshoot. Absent, there are none.
@@ -54,7 +56,8 @@ class Algorithm:
         delta: code a client's message as the difference to what the server knows before it arrives (wire.py). There
             are no deltas downwards: a client of a sampled cohort holds no recent eta to add them to.
         feedback: clients keep what the codec left out and add it to their next message. Needs delta, and a prior
-            whose statistics are means of all clients: an entry behind a closed gate cannot be sent late.
+            whose statistics are means of all clients, and which removes no unit: an entry behind a closed gate cannot
+            be sent late.
         weighting: "uniform", one vote a client, as the hierarchical model says; or "examples", a client's
             statistics times its number of training examples, as McMahan's FedAvg does.
         budget: bytes that a run may spend (budget.py); None for no limit.
@@ -95,6 +98,11 @@ class Algorithm:
             raise ValueError(
                 "feedback=True needs statistics that are means over all clients, and those of "
                 f"{type(self.prior).__name__} are over the clients whose gates are open: leave feedback out"
+            )
+        if self.feedback and hasattr(self.prior, "cut"):
+            raise ValueError(
+                f"feedback=True sends late what was left out, and {type(self.prior).__name__} removes units, whose "
+                "weights nobody waits for any more: leave feedback out"
             )
 
     def __str__(self) -> str:
@@ -161,6 +169,11 @@ class Algorithm:
         whole = {k for k in flat if k.split("/", 1)[0] in fields or k.split("/", 1)[1] in exact}
         flat = {k: target[k] if k in whole else v for k, v in flat.items()}
         return self._project(tree.unflatten(eta, flat), eta), state
+
+    def idle(self, eta: Eta) -> Eta:
+        """What a round from which nothing arrived leaves of eta."""
+        idle = getattr(self.prior, "idle", None)
+        return idle(eta) if idle else eta
 
     def _project(self, eta: Eta, before: Eta) -> Eta:
         project = getattr(self.prior, "project", None)

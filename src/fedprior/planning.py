@@ -6,7 +6,7 @@ r"""What a budget of bytes affords: a density and a value type.
 number of parameters, encoded as they will be, and linear in between: some bytes (masks, biases, gains) go with the
 units, not with the parameters. The plan is the largest density whose spend is at most 0.95 of the budget, with the
 first value type at which that density is at least 0.02, else with the last one. What the plan cannot know, how well an
-entropy coder does later, the run watches (budget.py).
+entropy coder does later, the run watches (budget.py), with what is `known` of the next round.
 
 No density is below that of one unit of each group with all layers that have no units (selection.least).
 """
@@ -21,6 +21,8 @@ import numpy as np
 
 from fedprior import posteriors, selection, wire
 from fedprior.algorithm import Algorithm
+from fedprior.codecs import Dense, Sparse
+from fedprior.codecs.entropy import longest_coded
 from fedprior.core import Eta, Params
 from fedprior.rng import generator
 
@@ -51,6 +53,23 @@ def plan(algorithm: Algorithm, params: Params, rounds: int, cohort: int) -> Algo
         if once > planned.budget.mb * 1e6:
             raise ValueError(_too_small(planned, f"one round of {cohort} clients", "one needs", once))
     return planned
+
+
+def known(algorithm: Algorithm, eta: Eta) -> tuple[int | None, int | None]:
+    """What is known of the next round's payloads: bytes of a client's broadcast, and the most that it can send.
+
+    None where the broadcast is another for each client, and where only the client knows how much it sends.
+    """
+    down = None if algorithm.samples else len(wire.encode_eta(algorithm, eta))
+    codec, full = algorithm.codec, getattr(algorithm.prior, "full", None)
+    if isinstance(codec, Sparse) and full is not None:
+        q = full(eta)
+    elif isinstance(codec, Dense):
+        q = algorithm.inference.start(algorithm.prior, eta)
+    else:
+        return down, None
+    plain = replace(codec, entropy="none").encode(wire.flat(algorithm.message(eta, q)), 1.0)
+    return down, longest_coded(codec.entropy, len(plain))
 
 
 def _affordable(algorithm: Algorithm, params: Params, rounds: int, cohort: int) -> Algorithm:

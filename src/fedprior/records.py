@@ -46,7 +46,7 @@ class Round:
         seconds: wall time of the round without its evaluation, `seconds_evaluate` that of the evaluation.
         seconds_train: of the E-steps, summed over clients: on several cores more than the wall time.
         seconds_wire: of encoding, decoding and personal states, summed over clients and the broadcast.
-        kept_eta: why the M-step was not taken and eta stayed as it was; empty if it was taken.
+        kept_eta: why the M-step was not taken and the weights stayed as they were; empty if it was taken.
     """
 
     number: int

@@ -91,10 +91,10 @@ def run(
             stack.callback(file.close)
         history = list(file.rounds) if file is not None else []
         bar = stack.enter_context(Progress(algorithm.name, rounds, progress, history))
-        last = state.number == rounds or loop.spent(history)
+        last = state.number == rounds or loop.spent(history, state)
         while not last:
             state, record = loop.round(state)
-            last = state.number == rounds or loop.spent([*history, record])
+            last = state.number == rounds or loop.spent([*history, record], state)
             if test is not None and (last or state.number % evaluate_every == 0):
                 record = loop.evaluated(record, state, test)
             history.append(record)
@@ -183,10 +183,10 @@ class _Loop:
             setting,
         )
 
-    def spent(self, history: Sequence[Round]) -> bool:
+    def spent(self, history: Sequence[Round], state: _State) -> bool:
         """Might one more round exceed the budget?"""
         budget = self.algorithm.budget
-        return budget is not None and budget.spent(history, self.cohort)
+        return budget is not None and budget.spent(history, self.cohort, *planning.known(self.algorithm, state.eta))
 
     def first(self, store: ClientStore | None = None) -> _State:
         """The state before round one."""
@@ -237,12 +237,12 @@ class _Loop:
         return replace(record, metrics=metrics, seconds_evaluate=time.perf_counter() - started)
 
     def _m_step(self, state: _State, total: Stats | None) -> tuple[Eta, Params, str]:
-        """The new eta and server state; the old ones, and why, if there is nothing to go by."""
+        """The new eta and server state; the old weights and state, and why, if there is nothing to go by."""
         if total is None:
-            return state.eta, state.server, "no client's statistics arrived"
+            return self.algorithm.idle(state.eta), state.server, "no client's statistics arrived"
         eta, server = self.algorithm.m_step(state.eta, total, state.server, self.objective.buffers)
         if not all(bool(value.isfinite().all()) for value in [*tree.flatten(eta).values(), *server.values()]):
-            return state.eta, state.server, "the M-step of the summed statistics is not finite"
+            return self.algorithm.idle(state.eta), state.server, "the M-step of the summed statistics is not finite"
         return eta, server, ""
 
 
