@@ -5,6 +5,7 @@ from __future__ import annotations
 import dis
 import functools
 import os
+import signal
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,7 +13,7 @@ from typing import Any
 
 import typer
 
-from fedprior.engines import RankError, leads
+from fedprior.engines import RankError, launched, leads
 
 _PACKAGE = Path(__file__).parent
 
@@ -44,7 +45,9 @@ def one_line(command: Callable[..., None]) -> Callable[..., None]:
 
 @contextmanager
 def interruptible(how: str) -> Iterator[None]:
-    """Ctrl-C is one line that says how to go on, and exit code 130; so is a rank that failed, and exit code 1."""
+    """Ctrl-C is one line that says how to go on, and exit code 130; a rank that failed is another, and exit code 1."""
+    if launched():  # so torchrun ends the ranks that are left
+        signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         yield
     except RankError as error:

@@ -41,7 +41,7 @@ class TorchRun:
     """This process as one of torchrun's.
 
     Attributes:
-        timeout_seconds: how long ranks wait for each other: more than the longest client and more than an evaluation.
+        timeout_seconds: how long ranks wait for each other: more than the longest share of a round takes.
     """
 
     timeout_seconds: float = 1800.0
