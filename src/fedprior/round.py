@@ -72,6 +72,14 @@ class RoundWork:
         like = tree.unflatten(self.like, flat) if flat else self.like
         return replace(self, number=number, down=down, like=like, records=[])
 
+    def digest(self) -> int:
+        """Of the round's number and the server's eta: processes that have the same one have the same etas."""
+        return tree.digest(tree.flatten(self.like), self.number)
+
+    def key(self, index: int) -> int:
+        """The client's own index, by which the store knows it, from its position in the population."""
+        return self.population[index].index
+
     def sent(self, index: int) -> Eta:
         """The eta of one client, by its own index, before it is encoded: drawn again whenever it is asked for."""
         return self.algorithm.sample(self.like, generator(self.seed, self.number, index, "downlink"))

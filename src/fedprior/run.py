@@ -16,7 +16,7 @@ from fedprior.algorithm import Algorithm
 from fedprior.codecs import schema_of
 from fedprior.cohort import Availability, sample
 from fedprior.core import Client, Engine, Eta, Examples, Params, Population, Schema, Stats
-from fedprior.engines import Auto
+from fedprior.engines import TorchRun, usual
 from fedprior.metrics import evaluate
 from fedprior.objective import Loss, Objective, PerExample
 from fedprior.progress import Progress
@@ -57,7 +57,9 @@ def run(
         test: examples for the central evaluation.
         seed: all randomness of the run derives from it.
         loss: "classification", "regression", a Loss, or (outputs, targets) -> log-likelihood of each example.
-        engine: how clients are run; Auto() if None, which chooses between the loop and worker processes.
+        engine: how clients are run; if None, Auto() chooses between the loop and worker processes, and below torchrun
+            TorchRun() does this process's share: every rank returns the result, and rank 0 writes, shows the progress
+            and calls on_round.
         availability: simulated drop-outs and deadline; everybody answers if None.
         device: of parameters and training, e.g. "cuda".
         out: folder for records.jsonl, checkpoints and personal states; nothing is written if None.
@@ -78,18 +80,20 @@ def run(
     counts = {"rounds": rounds, "checkpoint_every": checkpoint_every, "evaluate_every": evaluate_every}
     checks.check_sizes(clients, seed, cohort, counts)
     checks.check_clients(clients)
+    engine = engine or usual()
+    device = engine.place(device) if isinstance(engine, TorchRun) else device
     checks.check_device(device)
     objective = Objective(model, loss, device)
     checks.check_fit(objective, clients, test, device)
-    loop = _Loop.build(algorithm, objective, clients, engine or Auto(), availability, seed, rounds, cohort, device)
-    folder = None if out is None else Path(out)
-    state = _begin(folder, loop, resume, rounds)
+    loop = _Loop.build(algorithm, objective, clients, engine, availability, seed, rounds, cohort, device)
+    leads = not isinstance(engine, TorchRun) or engine.leads
+    folder = None if out is None or not leads else Path(out)
+    progress, on_round = (progress, on_round) if leads else (False, None)
     with ExitStack() as stack:
-        stack.callback(getattr(loop.engine, "close", lambda: None))
-        file = None if folder is None else RecordFile(folder / RECORDS, state.number)
+        stack.callback(getattr(engine, "close", lambda: None))
+        state, file, history = loop.begin(out, resume, counts, test)
         if file is not None:
             stack.callback(file.close)
-        history = list(file.rounds) if file is not None else []
         bar = stack.enter_context(Progress(algorithm.name, rounds, progress, history))
         last = state.number == rounds or loop.spent(history, state)
         while not last:
@@ -114,14 +118,17 @@ def run(
 RECORDS = "records.jsonl"
 
 
-def _begin(folder: Path | None, loop: _Loop, resume: bool, rounds: int) -> _State:
-    """The first state, or the one that a folder's run has come to."""
-    if resume and folder is None:
-        raise ValueError("resume=True needs out=, the folder of the run to go on with")
-    state = loop.first() if folder is None else _open(folder, loop, resume)
+def _begin(out: str | Path | None, loop: _Loop, resume: bool, rounds: int) -> _Begun:
+    """The first state, or the one that a folder's run has come to, with its records."""
+    if out is None:
+        if resume:
+            raise ValueError("resume=True needs out=, the folder of the run to go on with")
+        return loop.first(), None, []
+    state = _open(Path(out), loop, resume)
     if state.number > rounds:
-        raise ValueError(f"{folder} has run {state.number} rounds already, and rounds={rounds} asks for fewer")
-    return state
+        raise ValueError(f"{out} has run {state.number} rounds already, and rounds={rounds} asks for fewer")
+    file = RecordFile(Path(out) / RECORDS, state.number)
+    return state, file, list(file.rounds)
 
 
 @dataclass(frozen=True)
@@ -130,6 +137,9 @@ class _State:
     eta: Eta
     server: Params
     store: ClientStore
+
+
+_Begun = tuple[_State, RecordFile | None, list[Round]]
 
 
 @dataclass(frozen=True)
@@ -170,23 +180,33 @@ class _Loop:
         first = algorithm.message(eta, algorithm.inference.start(algorithm.prior, eta))
         algorithm.m_step(eta, algorithm.accept(eta, first), server)  # what it reads and the message lacks shows here
         up_schema = schema_of(wire.flat(first))
-        return cls(
-            algorithm,
-            objective,
-            clients,
-            engine,
-            availability,
-            seed,
-            cohort,
-            device,
-            up_schema,
-            setting,
-        )
+        return cls(algorithm, objective, clients, engine, availability, seed, cohort, device, up_schema, setting)
 
     def spent(self, history: Sequence[Round], state: _State) -> bool:
         """Might one more round exceed the budget?"""
         budget = self.algorithm.budget
         return budget is not None and budget.spent(history, self.cohort, *planning.known(self.algorithm, state.eta))
+
+    def begin(self, out: str | Path | None, resume: bool, counts: dict[str, int], test: Examples | None) -> _Begun:
+        """`_begin`; below torchrun on rank 0, and the others are told what it came to, and have no file."""
+        if not isinstance(self.engine, TorchRun):
+            return _begin(out, self, resume, counts["rounds"])
+        begun: list[_Begun] = []
+
+        def start() -> tuple[checkpoint.Checkpoint, list[Round]]:
+            begun.append(_begin(out, self, resume, counts["rounds"]))
+            state, _, history = begun[0]
+            return checkpoint.Checkpoint(state.number, tree.flatten(state.eta), state.server, {}), history
+
+        more = {"initial model": tree.digest(self.objective.model.state_dict()), "test": checks.test_identity(test)}
+        saved, history = self.engine.begin({**self.setting, **counts, **more}, start)
+        return begun[0] if begun else (self.at(saved, MemoryStore()), None, history)
+
+    def at(self, saved: checkpoint.Checkpoint, store: ClientStore) -> _State:
+        """The state that was saved."""
+        like, _ = self.algorithm.start(self.objective.params())
+        eta, server = ({k: v.to(self.device) for k, v in part.items()} for part in (saved.eta, saved.server))
+        return _State(saved.number, tree.unflatten(like, eta), server, store)
 
     def first(self, store: ClientStore | None = None) -> _State:
         """The state before round one."""
@@ -233,7 +253,8 @@ class _Loop:
     def evaluated(self, record: Round, state: _State, test: Examples) -> Round:
         """The record with metrics of the model after the round."""
         started = time.perf_counter()
-        metrics = evaluate(*self.algorithm.deploy(state.eta, self.objective), test).means()
+        apart = self.engine.evaluate if isinstance(self.engine, TorchRun) else evaluate
+        metrics = apart(*self.algorithm.deploy(state.eta, self.objective), test).means()
         return replace(record, metrics=metrics, seconds_evaluate=time.perf_counter() - started)
 
     def _m_step(self, state: _State, total: Stats | None) -> tuple[Eta, Params, str]:
@@ -267,10 +288,7 @@ def _open(folder: Path, loop: _Loop, resume: bool) -> _State:
     for key, value in loop.setting.items():
         if saved.setting.get(key) != value:
             raise ValueError(f"cannot resume {folder}: its {key} was {saved.setting.get(key)!r} and is now {value!r}")
-    like, _ = loop.algorithm.start(loop.objective.params())
-    on_device = {k: v.to(loop.device) for k, v in saved.eta.items()}
-    server = {k: v.to(loop.device) for k, v in saved.server.items()}
-    return _State(saved.number, tree.unflatten(like, on_device), server, store)
+    return loop.at(saved, store)
 
 
 def _checkpoint(folder: Path, loop: _Loop, state: _State) -> None:
