@@ -18,6 +18,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 import torch
@@ -110,9 +111,34 @@ class Client:
     held_out: Examples | None = None
 
 
+@dataclass(frozen=True)
+class Gathered:
+    """Several clients' training examples, one after the other.
+
+    Attributes:
+        indices: the clients, by position in the population.
+        names: theirs.
+        sizes: how many examples each has.
+        examples: all of them; client c's begin at starts[c].
+    """
+
+    indices: Sequence[int]
+    names: Sequence[str]
+    sizes: Sequence[int]
+    examples: Examples
+
+    @property
+    def starts(self) -> list[int]:
+        """Where each client's examples begin."""
+        return [0, *accumulate(self.sizes)][:-1]
+
+
 @runtime_checkable
 class Population(Protocol):
-    """A lazy sequence of clients: `population[i]` gathers the examples of client i when asked."""
+    """A lazy sequence of clients: `population[i]` gathers the examples of client i when asked.
+
+    Optional: `gather(indices) -> Gathered`, several clients at once.
+    """
 
     def __len__(self) -> int: ...
     def __getitem__(self, index: int, /) -> Client: ...

@@ -35,6 +35,20 @@ class Upload:
     seconds: float = 0.0
     seconds_wire: float = 0.0
 
+    def record(self, status: Status, reason: str, seconds_wire: float) -> ClientRecord:
+        """The line in the round's record, after the server's side has taken `seconds_wire` more."""
+        return ClientRecord(
+            self.index,
+            self.client,
+            status,
+            self.examples,
+            self.bytes_down,
+            len(self.payload),
+            self.seconds,
+            reason,
+            self.seconds_wire + seconds_wire,
+        )
+
 
 @dataclass
 class RoundWork:
@@ -89,7 +103,7 @@ class RoundWork:
         return self.down or wire.encode_eta(self.algorithm, self.sent(index))
 
     @cached_property
-    def _common(self) -> Eta:
+    def common(self) -> Eta:
         """eta as all clients see it: decoded, once per process."""
         return self._received(self.down)
 
@@ -99,7 +113,7 @@ class RoundWork:
         return tree.unflatten(self.like, {k: v.to(self.device) for k, v in message.items()})
 
     def _eta(self, payload: bytes) -> Eta:
-        return self._common if payload is self.down else self._received(payload)
+        return self.common if payload is self.down else self._received(payload)
 
     def client(self, index: int) -> Upload:
         """Receive, train, send."""
@@ -146,19 +160,7 @@ class RoundWork:
                 status, reason = "rejected", str(PayloadError(error.reason, upload.client))
         if stats is not None and upload.state:
             self.store.save(upload.index, self.number, upload.state)
-        self.records.append(
-            ClientRecord(
-                upload.index,
-                upload.client,
-                status,
-                upload.examples,
-                upload.bytes_down,
-                len(upload.payload),
-                upload.seconds,
-                reason,
-                upload.seconds_wire + time.perf_counter() - began,
-            )
-        )
+        self.records.append(upload.record(status, reason, time.perf_counter() - began))
         return stats
 
     def _decode(self, upload: Upload) -> Stats:

@@ -9,7 +9,7 @@ McMahan et al. 2017, arXiv:1602.05629, Algorithm 1 (ClientUpdate).
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,7 +17,8 @@ import torch
 from torch import Tensor
 
 from fedprior import posteriors
-from fedprior.core import Client, Eta, Params, Prior
+from fedprior.core import Client, Eta, Gathered, Params, Prior
+from fedprior.inference import stacked
 from fedprior.inference.ascent import Descent, ascend, check_steps, detached, leaves, what_is_left
 from fedprior.objective import Objective
 
@@ -62,6 +63,18 @@ class Point:
         cut, small, small_prior, small_eta = what_is_left(objective, prior, eta)
         phi = self._train(small, small_prior, small_eta, client, rng)
         return posteriors.Point(cut.scatter(phi, eta.mean)), state
+
+    def why_not_stacked(self, objective: Objective, prior: Prior, x: Tensor, y: Tensor) -> str:
+        """Why `e_steps` cannot be called for such examples; empty if it can (stacked.py)."""
+        if self.optimizer is not None:
+            return "an optimizer of the user's own is stepped for each client"
+        return stacked.why_not(objective, prior, x, y)
+
+    def e_steps(
+        self, objective: Objective, prior: Prior, eta: Eta, data: Gathered, rngs: Sequence[torch.Generator]
+    ) -> posteriors.Point:
+        """The E-steps of several clients at once: a posterior whose tensors have a first dimension of clients."""
+        return posteriors.Point(stacked.e_steps(self, objective, prior, eta, data, rngs))
 
     def _train(self, objective: Objective, prior: Prior, eta: Eta, client: Client, rng: torch.Generator) -> Params:
         phi, trained = leaves(objective, prior.point(eta))
