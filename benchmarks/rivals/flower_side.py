@@ -8,6 +8,7 @@ core an actor; no evaluation but an empty one on the server, which reads the clo
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import sys
@@ -79,7 +80,7 @@ def main(name: str, rounds: int) -> None:
 
     resources: dict[str, Any] = {"num_cpus": 1, "num_gpus": 0.0}
     run_simulation(server_app, client_app, clients, backend_config={"client_resources": resources})
-    times = [1000 * (b - a) for a, b in zip(ends, ends[1:], strict=False)]
+    times = [1000 * (b - a) for a, b in itertools.pairwise(ends)]
     print(json.dumps(times), flush=True)
 
 

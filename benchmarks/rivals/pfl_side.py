@@ -3,7 +3,8 @@
     python pfl_side.py ROW ROUNDS                                              one process
     python -m torch.distributed.run --nproc_per_node 2 pfl_side.py ROW ROUNDS  pfl's own way to use two cores
 
-FederatedAveraging with its WeightByDatapoints, one local epoch, central SGD with rate 1; pfl evaluates in round 0 alone.
+FederatedAveraging with its WeightByDatapoints, one local epoch, central SGD with rate 1; pfl evaluates in
+round 0 alone.
 """
 
 from __future__ import annotations

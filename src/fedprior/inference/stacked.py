@@ -102,9 +102,7 @@ def _train(
             start += size
 
 
-def _shuffled(
-    data: Gathered, rows: Sequence[int], rngs: Sequence[torch.Generator]
-) -> tuple[Examples, Tensor | None]:
+def _shuffled(data: Gathered, rows: Sequence[int], rngs: Sequence[torch.Generator]) -> tuple[Examples, Tensor | None]:
     """The clients' examples, each in an order of its own, (clients, largest, ...); which of them are no padding."""
     sizes = [data.sizes[r] for r in rows]
     orders = [torch.randperm(size, generator=rng) for size, rng in zip(sizes, rngs, strict=True)]
