@@ -5,9 +5,9 @@
 Both rivals are installed into environments of their own under `--folder`, with the PyTorch version of this one; the
 models, the data and the partition are this library's, on their path. All do FedAvg with examples as weights, learning
 rate 0.05, one local epoch, plain SGD, and no evaluation; cohorts are drawn by each in its own way, from clients of
-equal size. Sides take turns, each a process of its own; a round's time is the median over the rounds after the first three of
-all turns. pfl runs in one process and in one a core; Flower's clients are Ray actors of one core each. A side that does
-not finish its rounds in `--limit` seconds, start-up included, is said not to.
+equal size. Sides take turns, each a process of its own; a round's time is the median over the rounds after the first
+three of all turns. pfl runs in one process and in one a core; Flower's clients are Ray actors of one core each. A side
+that does not finish its rounds in `--limit` seconds, start-up included, is said not to.
 
 The rivals do a part of the work only: no payload is encoded, checked or counted by pfl.
 """
