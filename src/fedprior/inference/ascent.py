@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -78,16 +78,15 @@ def ascend(
             after_step()
 
 
-def leaves(objective: Objective, params: Params) -> tuple[Params, list[Tensor]]:
-    """A working copy of the parameters, and those of its tensors that are trained.
+def leaves(objective: Objective, params: Params, names: Collection[str] | None = None) -> tuple[Params, list[Tensor]]:
+    """A working copy of the parameters, and those of its tensors that are trained: of `names`, or all.
 
     Convolutions are a third faster on a CPU with filters whose channels are last in memory.
     """
     layout = {k: torch.channels_last if v.ndim == 4 else torch.preserve_format for k, v in params.items()}
     phi = {k: v.detach().clone(memory_format=layout[k]) for k, v in params.items()}
-    for k in objective.trainable:
-        phi[k].requires_grad_()
-    return phi, [phi[k] for k in objective.trainable]
+    trained = [phi[k].requires_grad_() for k in objective.trainable if names is None or k in names]
+    return phi, trained
 
 
 def detached(params: Params) -> Params:
