@@ -62,19 +62,22 @@ def ascend(
     after_step: Callable[[], None] = lambda: None,
     smallest: int = 1,
     before_step: Callable[[], None] = lambda: None,
+    steps: int = 1,
 ) -> None:
-    """Maximise `bound(x, y)`, in nats per example, over what the optimisers hold.
+    """Maximise `bound(x, y)`, in nats per example, over what the optimisers hold: `steps` steps a mini-batch.
 
-    `before_step` sees the gradients (of minus the bound) and the values they belong to.
+    `before_step` sees the gradients (of minus the bound) and the values they belong to; `after_step` is called when a
+    mini-batch is done.
     """
     with seeded_globals(rng, data.x.device):
         for batch in batches(data, epochs, size, rng, smallest):
-            for optimizer in optimizers:
-                optimizer.zero_grad()
-            (-bound(batch.x, batch.y)).backward()
-            before_step()
-            for optimizer in optimizers:
-                optimizer.step()
+            for _ in range(steps):
+                for optimizer in optimizers:
+                    optimizer.zero_grad()
+                (-bound(batch.x, batch.y)).backward()
+                before_step()
+                for optimizer in optimizers:
+                    optimizer.step()
             after_step()
 
 
@@ -86,6 +89,8 @@ def leaves(objective: Objective, params: Params, names: Collection[str] | None =
     layout = {k: torch.channels_last if v.ndim == 4 else torch.preserve_format for k, v in params.items()}
     phi = {k: v.detach().clone(memory_format=layout[k]) for k, v in params.items()}
     trained = [phi[k].requires_grad_() for k in objective.trainable if names is None or k in names]
+    if not trained:
+        raise ValueError(f"none of {', '.join(sorted(names or ()))} is trained: all are buffers, or frozen")
     return phi, trained
 
 
