@@ -153,6 +153,39 @@ PRIORS = [
 ]
 
 
+def split(first: Case) -> Case:
+    """A prior of the table over its own parameters, and a Gaussian over two more."""
+    more = {f"more.{k}": v for k, v in PLAIN.items()}
+    prior = priors.Split({"more.*": priors.Gaussian(2.0), "*": first.prior})
+
+    def both(case: Case, rng: torch.Generator) -> Any:
+        return Wider(first.posterior(first, rng), normal(rng, more))
+
+    return Case(f"split-{first.name}", prior, {**first.params, **more}, both, first.curved)
+
+
+class Wider:
+    """A posterior, and a point in further parameters."""
+
+    def __init__(self, q: Any, more: Params) -> None:
+        self.q, self.more = q, more
+
+    def mean(self) -> Params:
+        return {**self.q.mean(), **self.more}
+
+    def second_moment(self) -> Params:
+        own = self.q.second_moment() if hasattr(self.q, "second_moment") else {}  # a posterior may do without
+        return {**own, **tree.map(torch.square, self.more)}
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.q, name)
+
+
+SPLITS = [split(case) for case in PRIORS]
+PERSONAL_HEAD = priors.Split({"@head": priors.Personal(), "*": priors.Gaussian(2.0)})
+SPLITS += [Case("split-personal", **bound(PERSONAL_HEAD, MLP, VECTORS), posterior=point)]
+
+
 def total(stats: Sequence[Stats]) -> Stats:
     return reduce(add, stats)
 

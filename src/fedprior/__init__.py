@@ -1,18 +1,24 @@
 """Federated learning in which the prior is the algorithm."""
 
-from fedprior import codecs, data, engines, inference, models, posteriors, priors, server, tree
+from fedprior import codecs, data, engines, inference, metrics, models, posteriors, priors, server, tree
 from fedprior.algorithm import Algorithm
 from fedprior.algorithms import (
     ALGORITHMS,
+    ditto,
     fedadagrad,
     fedadam,
     fedavg,
     fedavgm,
+    fedbn,
     feddropout,
+    fedper,
     fedprox,
+    fedrep,
     fedsparse,
     fedyogi,
     grouplasso,
+    local,
+    pfedme,
     topk,
 )
 from fedprior.cohort import Availability
@@ -40,20 +46,27 @@ __all__ = [
     "Stats",
     "codecs",
     "data",
+    "ditto",
     "engines",
     "export",
     "fedadagrad",
     "fedadam",
     "fedavg",
     "fedavgm",
+    "fedbn",
     "feddropout",
+    "fedper",
     "fedprox",
+    "fedrep",
     "fedsparse",
     "fedyogi",
     "grouplasso",
     "inference",
     "load_slim",
+    "local",
+    "metrics",
     "models",
+    "pfedme",
     "posteriors",
     "priors",
     "prune",

@@ -11,9 +11,21 @@ Optional methods of a prior, each with the meaning it has when absent:
     project(eta, before) -> eta     back to feasible values, after a step     (eta)
     idle(eta) -> eta                a round from which nothing arrived        (eta)
     full(eta) -> q                  whose message is as long as any can be    (unknown: budget.py)
+    kept(q) -> Params               what a client keeps and never sends       (nothing)
+    recall(kept) -> prior           the prior as that client sees it later    (asked only where there is `kept`)
+    predictive(eta, rng) -> Predictive    what the server predicts with       (prior.point(eta))
 
 An optional attribute: `exact`, a tuple of eta's fields that take the exact M-step whatever the server step is, before
 `project`: gates, counters and running means, which no optimiser may overshoot. Absent, there are none.
+
+An optional method of an inference, with what it means when absent:
+
+    personal(objective, prior, eta, client, state, rng) -> Predictive     what client s predicts with, after it has
+        adapted to its training examples; `state` is that of its last E-step, or None for a client never seen
+        (one E-step from eta with that state, and the mean of its posterior: fine-tuning)
+
+Personal parameters. What `kept(q)` names lives with the client: in its next E-step, and in `personal`, the inference
+is given prior.recall(kept), whose point has the client's own values. An inference needs to know nothing of it.
 
 eta_s is what the client was sent. `message` sees it as it was decoded, `accept` as the server drew it; `accept` raises
 a PayloadError to refuse the upload.
@@ -38,6 +50,7 @@ from fedprior.budget import Budget
 from fedprior.codecs import Dense, TopK
 from fedprior.core import Client, Codec, Eta, Inference, Params, Prior, ServerStep, Stats
 from fedprior.objective import Objective
+from fedprior.posteriors import Predictive
 from fedprior.server import Exact
 
 Weighting = Literal["uniform", "examples"]
@@ -131,6 +144,43 @@ class Algorithm:
         sample = getattr(self.prior, "sample", None)
         return sample(eta, rng) if sample else eta
 
+    def seen_by(self, kept: Params | None) -> Prior:
+        """The prior as a client with these parameters of its own sees it; None for a client never seen."""
+        recall: Any = getattr(self.prior, "recall", None)
+        return recall(kept) if recall and kept else self.prior
+
+    def e_step(
+        self,
+        objective: Objective,
+        eta: Eta,
+        client: Client,
+        own: Params | None,
+        kept: Params | None,
+        rng: torch.Generator,
+    ) -> tuple[Any, Params | None, Params | None]:
+        """The client's posterior, and its next state: the inference's `own`, and the prior's `kept`."""
+        prior = self.seen_by(kept)
+        q, own = self.inference.e_step(objective, prior, eta, client, own, rng)
+        keeps: Any = getattr(prior, "kept", None)
+        return q, own, keeps(q) if keeps else None
+
+    def personal(
+        self,
+        objective: Objective,
+        eta: Eta,
+        client: Client,
+        own: Params | None,
+        kept: Params | None,
+        rng: torch.Generator,
+    ) -> Predictive:
+        """What a client predicts with, given eta and the state that its last E-step left."""
+        prior = self.seen_by(kept)
+        personal: Any = getattr(self.inference, "personal", None)
+        if personal is not None:
+            return personal(objective, prior, eta, client, own, rng)
+        q, _ = self.inference.e_step(objective, prior, eta, client, own, rng)
+        return Predictive.point(q.mean())
+
     def message(self, eta: Eta, q: Any) -> Stats:
         """What one client uploads, before its weight."""
         message = getattr(self.prior, "message", None)
@@ -186,6 +236,14 @@ class Algorithm:
             return objective, self.prior.point(eta)
         left = cut(eta)
         return objective.cut(left), left.gather(self.prior.point(eta))
+
+    def predictive(self, eta: Eta, objective: Objective, rng: torch.Generator) -> tuple[Objective, Predictive]:
+        """What the server predicts with: `deploy`'s model, unless the prior has a predictive of its own."""
+        predictive = getattr(self.prior, "predictive", None)
+        if predictive is not None:
+            return objective, predictive(eta, rng)
+        deployed, params = self.deploy(eta, objective)
+        return deployed, Predictive.point(params)
 
 
 _PARTS = {"prior": Prior, "inference": Inference, "server": ServerStep, "codec": Codec}

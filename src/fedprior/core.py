@@ -150,7 +150,7 @@ class Prior(Protocol):
 
     Optional methods, looked up by the functions of `algorithm.py` and described there:
     `bind(model, x)`, `sample(eta, rng)`, `cut(eta)`, `message(eta, q)`, `reference(eta, sent)`, `accept(eta, stats)`,
-    `project(eta, before)`; and an optional attribute, `exact`.
+    `project(eta, before)`, `kept(q)`, `recall(kept)`, `predictive(eta, rng)`; and an optional attribute, `exact`.
     """
 
     @property
@@ -184,6 +184,7 @@ class Inference(Protocol):
     """An E-step: maximises E_q[log p(D_s | phi)] + E_q[log p(phi | eta)] + H[q] over q.
 
     The log-likelihood is the SUM over the client's examples (see objective.py for the scale).
+    An optional method, described in `algorithm.py`: `personal(objective, prior, eta, client, state, rng)`.
     """
 
     def start(self, prior: Prior, eta: Eta, /) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -67,3 +68,34 @@ class Gains:
     def mean(self) -> Params:
         """The weights."""
         return self.phi
+
+
+@dataclass(frozen=True)
+class Predictive:
+    r"""What is predicted with: p(y | x) = sum_k weight_k p(y | f(x; phi_k)).
+
+    One entry for a point, equal weights for samples, responsibilities for a mixture; Objective.predict mixes.
+
+    Attributes:
+        weights: (k,), >= 0, with sum 1.
+        models: k Params, all of the same model.
+    """
+
+    weights: tuple[float, ...]
+    models: tuple[Params, ...]
+
+    def __post_init__(self) -> None:
+        if not self.models or len(self.weights) != len(self.models):
+            raise ValueError(f"{len(self.weights)} weights for {len(self.models)} models: give one for each, and one")
+        if not (min(self.weights) >= 0 and abs(sum(self.weights) - 1) < 1e-5):
+            raise ValueError(f"weights must be >= 0 and have sum 1, got {self.weights}; divide them by their sum")
+
+    @classmethod
+    def point(cls, phi: Params) -> Predictive:
+        """One model."""
+        return cls((1.0,), (phi,))
+
+    @classmethod
+    def equal(cls, models: Sequence[Params]) -> Predictive:
+        """Samples of a posterior."""
+        return cls((1 / len(models),) * len(models), tuple(models))

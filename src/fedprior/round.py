@@ -135,15 +135,15 @@ class RoundWork:
             raise ValueError(f"client {client.name!r} has no training examples: leave it out of the population")
         began = time.perf_counter()
         algorithm, eta, state = self.algorithm, self._eta(down), self.store.load(client.index)
-        own, residual = (wire.part(state, name, self.device) for name in ("e_step", "residual"))
+        own, kept, residual = (wire.part(state, name, self.device) for name in ("e_step", "kept", "residual"))
         on_device = Client(client.index, client.name, client.train.to(self.device), client.held_out)
         rng = generator(self.seed, self.number, client.index, "e_step")
         started = time.perf_counter()
-        q, own = algorithm.inference.e_step(self.objective, algorithm.prior, eta, on_device, own, rng)
+        q, own, kept = algorithm.e_step(self.objective, eta, on_device, own, kept, rng)
         seconds = time.perf_counter() - started
         stats, weight = algorithm.message(eta, q), algorithm.weight(client)
         payload, residual = wire.encode(algorithm, eta, stats, weight, residual)
-        state = wire.join({"e_step": own, "residual": residual})
+        state = wire.join({"e_step": own, "kept": kept, "residual": residual})
         wired = time.perf_counter() - began - seconds
         return Upload(client.index, client.name, len(client.train), "ok", len(down), payload, state, seconds, wired)
 

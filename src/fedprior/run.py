@@ -22,6 +22,7 @@ from fedprior.objective import Loss, Objective, PerExample
 from fedprior.progress import Progress
 from fedprior.records import RecordFile, Round
 from fedprior.result import Result, some_inputs
+from fedprior.rng import generator
 from fedprior.round import RoundWork
 from fedprior.store import ClientStore, DiskStore, MemoryStore
 
@@ -112,10 +113,10 @@ def run(
             bar.update(record)
             if on_round is not None:
                 on_round(record)
-    return Result(loop.algorithm, loop.objective, state.eta, history, some_inputs(clients, test))
+    return Result(loop.algorithm, loop.objective, state.eta, history, some_inputs(clients, test), state.store, device)
 
 
-RECORDS = "records.jsonl"
+RECORDS, STATES = "records.jsonl", "clients"
 
 
 def _begin(out: str | Path | None, loop: _Loop, resume: bool, rounds: int) -> _Begun:
@@ -254,7 +255,8 @@ class _Loop:
         """The record with metrics of the model after the round."""
         started = time.perf_counter()
         apart = self.engine.evaluate if isinstance(self.engine, TorchRun) else evaluate
-        metrics = apart(*self.algorithm.deploy(state.eta, self.objective), test).means()
+        rng = generator(self.seed, state.number, "predictive")
+        metrics = apart(*self.algorithm.predictive(state.eta, self.objective, rng), test).means()
         return replace(record, metrics=metrics, seconds_evaluate=time.perf_counter() - started)
 
     def _m_step(self, state: _State, total: Stats | None) -> tuple[Eta, Params, str]:
@@ -278,10 +280,10 @@ def _open(folder: Path, loop: _Loop, resume: bool) -> _State:
     if not resume:
         if saved is not None or (folder / RECORDS).exists():
             raise FileExistsError(f"{folder} holds a run already: pass resume=True to go on, or another folder")
-        return loop.first(DiskStore(folder / "clients"))
-    for left_by_a_crash in (*folder.glob(".*.tmp"), *folder.glob("clients/.*.tmp")):
+        return loop.first(DiskStore(folder / STATES))
+    for left_by_a_crash in (*folder.glob(".*.tmp"), *folder.glob(f"{STATES}/.*.tmp")):
         left_by_a_crash.unlink()
-    store = DiskStore(folder / "clients")
+    store = DiskStore(folder / STATES)
     store.rollback(0 if saved is None else saved.number)
     if saved is None:
         return loop.first(store)

@@ -25,8 +25,8 @@ def why_not(work: RoundWork, first: Client) -> str:
         return f"the inference {type(algorithm.inference).__name__} does one client at a time"
     if algorithm.samples:
         return f"{type(algorithm.prior).__name__} sends each client an eta of its own"
-    if algorithm.feedback:
-        return "feedback is a personal state"
+    if algorithm.feedback or hasattr(algorithm.prior, "kept"):
+        return "clients keep a state of their own"
     example = first.train.take(torch.tensor([0])).to(work.device)
     if reason := algorithm.inference.why_not_stacked(work.objective, algorithm.prior, example.x, example.y):
         return reason

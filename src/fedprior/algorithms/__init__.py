@@ -6,23 +6,30 @@ from collections.abc import Callable, Mapping
 
 from fedprior.algorithm import Algorithm
 from fedprior.algorithms.averaging import fedadagrad, fedadam, fedavg, fedavgm, fedprox, fedyogi
+from fedprior.algorithms.personal import ditto, fedbn, fedper, fedrep, local, pfedme
 from fedprior.algorithms.smaller import feddropout, fedsparse, grouplasso, topk
 
-ALGORITHMS: Mapping[str, Callable[..., Algorithm]] = {
-    f.__name__: f
-    for f in (fedavg, fedprox, fedavgm, fedadagrad, fedadam, fedyogi, fedsparse, feddropout, grouplasso, topk)
-}
+_AVERAGING = (fedavg, fedprox, fedavgm, fedadagrad, fedadam, fedyogi)
+_SMALLER = (fedsparse, feddropout, grouplasso, topk)
+_PERSONAL = (local, fedper, fedrep, fedbn, pfedme, ditto)
+ALGORITHMS: Mapping[str, Callable[..., Algorithm]] = {f.__name__: f for f in _AVERAGING + _SMALLER + _PERSONAL}
 
 __all__ = [
     "ALGORITHMS",
+    "ditto",
     "fedadagrad",
     "fedadam",
     "fedavg",
     "fedavgm",
+    "fedbn",
     "feddropout",
+    "fedper",
     "fedprox",
+    "fedrep",
     "fedsparse",
     "fedyogi",
     "grouplasso",
+    "local",
+    "pfedme",
     "topk",
 ]

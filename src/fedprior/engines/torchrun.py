@@ -32,6 +32,7 @@ from fedprior.engines.states import new_states, states, unpacked
 from fedprior.engines.total import Total, check_same, rounded, zeros
 from fedprior.metrics import Sums, evaluate
 from fedprior.objective import Objective
+from fedprior.posteriors import Predictive
 from fedprior.records import ClientRecord, Round
 from fedprior.store import MemoryStore
 
@@ -140,7 +141,7 @@ class TorchRun:
             if record.status in ("ok", "rejected"):
                 self.costs.saw(index, record.seconds)
 
-    def evaluate(self, objective: Objective, phi: Params, test: Examples) -> Sums:
+    def evaluate(self, objective: Objective, phi: Params | Predictive, test: Examples) -> Sums:
         """The sums of all ranks, each over a share of the examples."""
         ranks = self._ranks()
         low, high = (len(test) * rank // ranks.count for rank in (ranks.number, ranks.number + 1))
