@@ -9,6 +9,7 @@ Optional methods of a prior, each with the meaning it has when absent:
     reference(eta_s, sent) -> Stats what deltas are taken from: see below     (the message of inference.start)
     accept(eta_s, stats) -> Stats   what the server counts of an upload       (all of it)
     project(eta, before) -> eta     back to feasible values, after a step     (eta)
+    log_hyper(eta, before) -> scalar log p(eta), which m_step counts in       (0)
 
 An optional attribute: `exact`, a tuple of eta's fields that take the exact M-step whatever the server step is, before
 `project`: gates, counters and running means, which no optimiser may overshoot. Absent, there are none.

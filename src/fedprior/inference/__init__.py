@@ -1,7 +1,12 @@
 """E-steps, one file each."""
 
+from fedprior.inference.averaged import Averaged
 from fedprior.inference.gains import Gains
 from fedprior.inference.gated import Gated
+from fedprior.inference.laplace import Laplace
 from fedprior.inference.point import Point
+from fedprior.inference.reweighted import Reweighted
+from fedprior.inference.sites import Sites
+from fedprior.inference.tilted import Tilted
 
-__all__ = ["Gains", "Gated", "Point"]
+__all__ = ["Averaged", "Gains", "Gated", "Laplace", "Point", "Reweighted", "Sites", "Tilted"]
