@@ -26,6 +26,7 @@ prior_cases = pytest.mark.parametrize("case", CASES, ids=str)
 
 def algorithm(case: Case, codec: Any, **more: Any) -> fp.Algorithm:
     e_step = inference.Gated(0.1) if case in GATED else inference.Gains(0.1) if case in SHARED else inference.Point(0.1)
+    e_step = case.e_step or e_step
     return fp.Algorithm(case.prior, e_step, codec=codec, downlink=Dense("float64"), **{"delta": True} | more)
 
 

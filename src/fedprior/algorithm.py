@@ -14,6 +14,7 @@ Optional methods of a prior, each with the meaning it has when absent:
     kept(q) -> Params               what a client keeps and never sends       (nothing)
     recall(kept) -> prior           the prior as that client sees it later    (asked only where there is `kept`)
     predictive(eta, rng) -> Predictive    what the server predicts with       (prior.point(eta))
+    log_hyper(eta, before) -> scalar log p(eta), which m_step counts in       (0)
 
 An optional attribute: `exact`, a tuple of eta's fields that take the exact M-step whatever the server step is, before
 `project`: gates, counters and running means, which no optimiser may overshoot. Absent, there are none.

@@ -150,7 +150,8 @@ class Prior(Protocol):
 
     Optional methods, looked up by the functions of `algorithm.py` and described there:
     `bind(model, x)`, `sample(eta, rng)`, `cut(eta)`, `message(eta, q)`, `reference(eta, sent)`, `accept(eta, stats)`,
-    `project(eta, before)`, `kept(q)`, `recall(kept)`, `predictive(eta, rng)`; and an optional attribute, `exact`.
+    `project(eta, before)`, `kept(q)`, `recall(kept)`, `predictive(eta, rng)`, `log_hyper(eta, before)`; and an optional
+    attribute, `exact`.
     """
 
     @property
@@ -171,7 +172,7 @@ class Prior(Protocol):
         ...
 
     def m_step(self, eta: Eta, total: Stats, /) -> Eta:
-        """argmax of log_prob(., total); eta is kept where total says nothing."""
+        """argmax of log_prob(., total) + log_hyper; eta is kept where total says nothing."""
         ...
 
     def point(self, eta: Eta, /) -> Params:

@@ -99,3 +99,83 @@ class Predictive:
     def equal(cls, models: Sequence[Params]) -> Predictive:
         """Samples of a posterior."""
         return cls((1 / len(models),) * len(models), tuple(models))
+
+
+@dataclass(frozen=True)
+class Tilted:
+    """A point found with a linear term in the objective, and what that did to the client's own vector.
+
+    Attributes:
+        phi: the weights, shapes as the parameters.
+        tilt: the slope of the linear term <tilt, phi>, per example.
+        step: the change of the client's own vector (a control variate, a multiplier).
+        new: {"clients": 1} for a client that had no vector before, else 0.
+    """
+
+    phi: Params
+    tilt: Params
+    step: Params
+    new: Params
+
+    def mean(self) -> Params:
+        """The weights."""
+        return self.phi
+
+    def second_moment(self) -> Params:
+        """E[phi^2], elementwise."""
+        return tree.map(torch.square, self.phi)
+
+
+@dataclass(frozen=True)
+class Gaussian:
+    """N(phi, 1/precision), entry by entry.
+
+    Attributes:
+        phi: the mean, shapes as the parameters.
+        precision: > 0, shapes as the parameters.
+    """
+
+    phi: Params
+    precision: Params
+
+    def mean(self) -> Params:
+        """E[phi]."""
+        return self.phi
+
+    def second_moment(self) -> Params:
+        """E[phi^2], elementwise."""
+        return tree.map(lambda m, p: m**2 + 1 / p, self.phi, self.precision)
+
+
+@dataclass(frozen=True)
+class Scaled:
+    """A point in the weights, and what is expected of the scale that each came from.
+
+    Attributes:
+        phi: the weights, shapes as the parameters.
+        confidence: E[1/tau^2] given phi, shapes as the parameters.
+    """
+
+    phi: Params
+    confidence: Params
+
+    def mean(self) -> Params:
+        """The weights."""
+        return self.phi
+
+    def second_moment(self) -> Params:
+        """E[phi^2], elementwise."""
+        return tree.map(torch.square, self.phi)
+
+
+@dataclass(frozen=True)
+class Site:
+    """The change of a client's Gaussian factor, in natural parameters.
+
+    Attributes:
+        precision: shapes as the parameters.
+        shift: of precision times mean, shapes as the parameters.
+    """
+
+    precision: Params
+    shift: Params
