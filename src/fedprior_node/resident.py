@@ -2,8 +2,8 @@
 
 Flower starts a Python process for each message. Importing PyTorch and loading the data would take most of a short
 round; here the first message starts a worker (fedprior/federation/worker.py), which later messages find at a Unix
-socket in a folder of this user's alone. There is one worker for each SuperNode and version of the job. It belongs to the
-SuperNode's process group, and ends when the SuperNode does or when nothing was asked of it for a while.
+socket in a folder of this user's alone. There is one worker for each SuperNode and version of the job. It belongs to
+the SuperNode's process group, and ends when the SuperNode does or when nothing was asked of it for a while.
 
 On the socket, both ways, little-endian:   length of the head (uint32), length of the blob (uint64), head, blob
 The head is JSON: what this process knows and the worker does not. The blob is a bundle: errors are in there.
