@@ -7,6 +7,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 from contextlib import suppress
 from pathlib import Path
@@ -27,14 +28,14 @@ class Deployment:
         self.folder, self.security = folder, security or ("--insecure",)
         self.address = f"127.0.0.1:{free_port()}"
         self.processes: dict[str, subprocess.Popen[bytes]] = {}
-        # one home of Flower's, and one folder of sockets, for each federation
-        self.env = {**os.environ, "OMP_NUM_THREADS": "1", "HOME": str(folder), "TMPDIR": str(folder), "COLUMNS": "200"}
-        self.env["FLWR_HOME"] = str(folder / "flwr")
+        self.sockets = tempfile.TemporaryDirectory(prefix="fp-")  # a short path: sockets allow no more
+        self.env = {**os.environ, "OMP_NUM_THREADS": "1", "COLUMNS": "200"}
+        self.env |= {"HOME": str(folder), "TMPDIR": self.sockets.name}
+        self.env |= {"FLWR_HOME": str(folder / "flwr"), "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
 
     def __enter__(self) -> Deployment:
         port = self.address.split(":")[1]
         self.start("superlink", "superlink", "--port", port)
-        self.wait("superlink", "Application startup complete|Uvicorn running|Flower Deployment Runtime|Starting", 30)
         for _ in range(300):
             with suppress(OSError), socket.create_connection(("127.0.0.1", int(port)), 1):
                 return self
@@ -42,17 +43,25 @@ class Deployment:
         raise TimeoutError(self.log("superlink"))
 
     def __exit__(self, *_: object) -> None:
-        for process in self.processes.values():
-            with suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGTERM)
-        time.sleep(0.5)
-        for process in self.processes.values():
-            with suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
+        self.stop(*self.processes)
+        self.sockets.cleanup()
+
+    def stop(self, *names: str) -> None:
+        """End process groups, with all that they have started."""
+        for number in (signal.SIGTERM, signal.SIGKILL):
+            for name in names:
+                with suppress(ProcessLookupError):
+                    os.killpg(self.processes[name].pid, number)
+            time.sleep(0.5)
+        for name in names:
+            self.processes.pop(name).wait()
 
     def start(self, name: str, *arguments: str, security: tuple[str, ...] | None = None) -> None:
-        command = [*FEDPRIOR, "federate", *arguments, *(self.security if security is None else security)]
+        """One of our commands."""
+        self.program(name, *FEDPRIOR, "federate", *arguments, *(self.security if security is None else security))
+
+    def program(self, name: str, *command: str) -> None:
+        """Any program."""
         with (self.folder / f"{name}.log").open("wb") as log:
             self.processes[name] = subprocess.Popen(
                 command, stdout=log, stderr=log, stdin=subprocess.DEVNULL, start_new_session=True, env=self.env
@@ -71,11 +80,3 @@ class Deployment:
 
     def log(self, name: str) -> str:
         return (self.folder / f"{name}.log").read_text(errors="replace")
-
-    def wait(self, name: str, text: str, seconds: float) -> str:
-        """Until one of the texts, with | between, is in a log."""
-        end = time.monotonic() + seconds
-        while not any(part in self.log(name) for part in text.split("|")):
-            assert time.monotonic() < end, f"no {text!r} in the log of {name}:\n{self.log(name)}"
-            time.sleep(0.1)
-        return self.log(name)

@@ -79,7 +79,7 @@ def _exactly(connection: socket.socket, size: int) -> bytes:
 def connected(task: str, node: int) -> socket.socket:
     """A connection to this node's worker, which is started if there is none."""
     supernode = os.getppid()
-    name = hashlib.sha256(repr((task, node, supernode, sys.path, sys.executable)).encode()).hexdigest()[:24]
+    name = hashlib.sha256(repr((task, node, supernode, sys.path, sys.executable)).encode()).hexdigest()[:16]
     path = _folder() / f"{name}.sock"
     with path.with_suffix(".lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
