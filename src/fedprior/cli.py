@@ -20,7 +20,7 @@ from rich.table import Table
 import fedprior
 from fedprior import compare as comparing
 from fedprior import config as configs
-from fedprior import finished, listings
+from fedprior import federate, finished, listings
 from fedprior.engines import leads
 from fedprior.records import read, warning
 from fedprior.refusals import interruptible, one_line
@@ -265,6 +265,7 @@ def export(
     typer.echo(str(fedprior.export(result, out or folder / f"slim.{format or 'safetensors'}", format, about)))
 
 
+app.add_typer(federate.app, name="federate")
 app.command()(one_line(listings.algorithms))
 app.command()(one_line(listings.data))
 

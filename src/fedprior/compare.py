@@ -172,7 +172,10 @@ def execute(experiment: Experiment, folder: Path, resume: bool = False, progress
         evaluate_every=config.run.evaluate_every,
         progress=progress,
     )
-    return _finish(result, experiment.clients, folder) if leads() else as_row(result.row())
+    if not leads():
+        return as_row(result.row())
+    _write_json(folder / CLIENTS, [_finite(row) for row in result.per_client(experiment.clients)])
+    return finish(result, folder)
 
 
 def planned(experiment: Experiment, objective: Objective) -> Algorithm:
@@ -182,8 +185,8 @@ def planned(experiment: Experiment, objective: Objective) -> Algorithm:
     return planning.plan(algorithm, objective.params(), settings.rounds, settings.cohort)
 
 
-def _finish(result: Result, clients: Population, folder: Path) -> Row:
-    _write_json(folder / CLIENTS, [_finite(row) for row in result.per_client(clients)])
+def finish(result: Result, folder: Path) -> Row:
+    """Write the model's parameters and the row of numbers."""
     params = {name: value.detach().cpu().contiguous() for name, value in result.params.items()}
     write_atomically(folder / MODEL, save(params))
     row = as_row(result.row())

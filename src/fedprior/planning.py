@@ -18,15 +18,36 @@ from dataclasses import replace
 from typing import Any, cast
 
 import numpy as np
+from torch import Tensor
 
 from fedprior import posteriors, selection, wire
 from fedprior.algorithm import Algorithm
-from fedprior.codecs import Dense, Sparse
+from fedprior.codecs import Dense, Sparse, schema_of
 from fedprior.codecs.entropy import longest_coded
-from fedprior.core import Eta, Params
+from fedprior.core import Eta, Params, Schema
+from fedprior.objective import Objective
 from fedprior.rng import generator
 
 _SHARE, _ENOUGH = 0.95, 0.02
+
+
+def prepare(
+    algorithm: Algorithm, objective: Objective, x: Tensor, rounds: int, cohort: int
+) -> tuple[Algorithm, Eta, Schema]:
+    """The algorithm as it runs, its first eta, and the schema of what every client uploads.
+
+    Args:
+        algorithm: as the user wrote it.
+        objective: the model and its loss.
+        x: one input, shape (1, ...).
+        rounds: of the whole run.
+        cohort: clients a round.
+    """
+    algorithm = plan(algorithm.bind(objective.model, x), objective.params(), rounds, cohort)
+    eta, server = algorithm.start(objective.params())
+    first = algorithm.message(eta, algorithm.inference.start(algorithm.prior, eta))
+    algorithm.m_step(eta, algorithm.accept(eta, first), server)  # what it reads and the message lacks shows here
+    return algorithm, eta, schema_of(wire.flat(first))
 
 
 def plan(algorithm: Algorithm, params: Params, rounds: int, cohort: int) -> Algorithm:

@@ -22,7 +22,8 @@ class Upload:
     """What comes back from a client: a payload, or the reason why there is none.
 
     The personal state (empty: none) does not travel in a real federation; here it is handed to the store. `bytes_down`
-    is the length of the payload that the client was sent; seconds are those of the E-step, and of the wire.
+    is the length of the payload that the client was sent; seconds are those of the E-step, and of the wire; `reason`
+    says what went wrong on the way, if anything did.
     """
 
     index: int
@@ -34,6 +35,7 @@ class Upload:
     state: Params = field(default_factory=dict)
     seconds: float = 0.0
     seconds_wire: float = 0.0
+    reason: str = ""
 
     def record(self, status: Status, reason: str, seconds_wire: float) -> ClientRecord:
         """The line in the round's record, after the server's side has taken `seconds_wire` more."""
@@ -59,6 +61,7 @@ class RoundWork:
         down: the payload that every client of the cohort receives; empty if the prior draws an eta for each.
         down_schema: what eta's message looks like.
         up_schema: what a client's message must look like.
+        rounds, cohort: of the whole run, from which a node of a federation makes the same plan (planning.py).
         records: filled by `receive`, one a client.
     """
 
@@ -74,6 +77,8 @@ class RoundWork:
     down_schema: Schema
     up_schema: Schema
     device: str = "cpu"
+    rounds: int = 1
+    cohort: int = 1
     records: list[ClientRecord] = field(default_factory=list)
 
     def changes(self) -> tuple[int, bytes, Params]:
@@ -152,7 +157,7 @@ class RoundWork:
 
         A client's personal state goes on with the server: it is that of the last upload that was accepted.
         """
-        status, reason, stats, began = upload.status, "", None, time.perf_counter()
+        status, reason, stats, began = upload.status, upload.reason, None, time.perf_counter()
         if status == "ok":
             try:
                 stats = self._decode(upload)

@@ -153,6 +153,7 @@ class _Loop:
     engine: Engine
     availability: Availability
     seed: int
+    rounds: int
     cohort: int
     device: str
     up_schema: Schema
@@ -175,13 +176,11 @@ class _Loop:
         setting = {"algorithm": str(algorithm), "seed": seed, "cohort": cohort, "population": len(clients)}
         setting |= {"availability": asdict(availability), "parameters": _shapes(objective.params())}
         setting |= {"data": checks.identity(clients), "loss": str(objective.loss)}
-        algorithm = algorithm.bind(objective.model, clients[0].train.x[:1].to(device))
-        algorithm = planning.plan(algorithm, objective.params(), rounds, cohort)
-        eta, server = algorithm.start(objective.params())
-        first = algorithm.message(eta, algorithm.inference.start(algorithm.prior, eta))
-        algorithm.m_step(eta, algorithm.accept(eta, first), server)  # what it reads and the message lacks shows here
-        up_schema = schema_of(wire.flat(first))
-        return cls(algorithm, objective, clients, engine, availability, seed, cohort, device, up_schema, setting)
+        x = clients[0].train.x[:1].to(device)
+        algorithm, _, up_schema = planning.prepare(algorithm, objective, x, rounds, cohort)
+        return cls(
+            algorithm, objective, clients, engine, availability, seed, rounds, cohort, device, up_schema, setting
+        )
 
     def spent(self, history: Sequence[Round], state: _State) -> bool:
         """Might one more round exceed the budget?"""
@@ -232,6 +231,8 @@ class _Loop:
             down_schema=schema_of(tree.flatten(state.eta)),
             up_schema=self.up_schema,
             device=self.device,
+            rounds=self.rounds,
+            cohort=self.cohort,
         )
         total = self.engine.map_sum(work, sample(self.seed, number, len(self.clients), self.cohort))
         eta, server, kept = self._m_step(state, total)
