@@ -69,14 +69,14 @@ SWEEPS = {
     "shakespeare": Sweep(
         0.4,
         {
-            "lr": (0.0025, 0.01),
+            "lr": (0.0025, 0.01, 0.02),
             "momentum": (0.0, 0.8),
             "start": (1.0, 2.5),
             "hold": (12,),
             "steps": (3,),
             "activations": (0.0,),
         },
-        (0.0025, 0.005, 0.01),
+        (0.0025, 0.005, 0.01, 0.02),
     ),
 }
 SCHEDULE = ("start", "hold", "steps")
