@@ -134,8 +134,8 @@ class Gathered:
 
     def part(self, rows: Sequence[int]) -> Gathered:
         """Some of the clients."""
-        names, indices, where = ([values[r] for r in rows] for values in (self.names, self.indices, self.where))
-        return Gathered(indices, names, self.examples, where)
+        indices, names = [self.indices[r] for r in rows], [self.names[r] for r in rows]
+        return Gathered(indices, names, self.examples, [self.where[r] for r in rows])
 
 
 @runtime_checkable

@@ -16,6 +16,7 @@ import torch
 from fedprior import posteriors, wire
 from fedprior.codecs import Dense, schema_of
 from fedprior.core import Client, Eta, Examples, Gathered, Params, Population, Stats
+from fedprior.records import Status
 from fedprior.rng import generator
 from fedprior.round import RoundWork, Upload
 
@@ -27,6 +28,8 @@ def why_not(work: RoundWork, first: Client) -> str:
         return f"the inference {type(inference).__name__} does one client at a time"
     if algorithm.samples:
         return f"{type(algorithm.prior).__name__} sends each client an eta of its own"
+    if getattr(algorithm.codec, "value_type", "float32") not in ("float32", "float64"):
+        return "the codec rounds values: another last bit would become another step"
     if algorithm.feedback or hasattr(algorithm.prior, "kept"):
         return "clients keep a state of their own"
     example = first.train.take(torch.tensor([0])).to(work.device)
@@ -46,7 +49,7 @@ def summed(work: RoundWork, indices: Sequence[int]) -> Stats | None:
     for _, name, examples in clients:
         if examples == 0:
             raise ValueError(f"client {name!r} has no training examples: leave it out of the population")
-    status = [work.availability.status(work.seed, work.number, i, n) for i, _, n in clients]
+    status: list[Status] = [work.availability.status(work.seed, work.number, i, n) for i, _, n in clients]
     rows = [row for row, s in enumerate(status) if s == "ok"]
     payloads, total, seconds, wired = _answers(work, data.part(rows)) if rows else ([], None, 0.0, 0.0)
     sent = dict(zip(rows, payloads, strict=True))

@@ -42,6 +42,7 @@ def why_not(objective: Objective, prior: Any, x: Tensor, y: Tensor) -> str:
     if slow := [type(m).__name__ for m in objective.model.modules() if isinstance(m, SLOW)]:
         return f"stacked {slow[0]} layers are slow"
     phi = {k: v.expand(2, *v.shape) for k, v in objective.params().items()}
+    objective.train()
     try:
         _gradients(objective, phi, x[:1].expand(2, *x[:1].shape), y[:1].expand(2, *y[:1].shape), None)
     except RuntimeError as error:  # vmap's answer to layers that draw, or decide by their data
