@@ -73,7 +73,7 @@ def test_a_student_learns_the_teachers_predictions() -> None:
     rng, prior = generator(0, "student"), priors.Distilled()
     teacher = tree.map(lambda v: torch.randn(v.shape, generator=rng), model.params())
     eta = prior.Eta(teacher, model.params())
-    e_step = inference.Langevin(1e-9, 0.5, 60, 20, temperature=0.0)
+    e_step = inference.Langevin(1e-9, 0.5, 300, 20, temperature=0.0)
     q, _ = e_step.e_step(model, prior, eta, client, None, rng)
 
     def gap(student: fp.Params) -> float:
