@@ -110,7 +110,7 @@ def run(
                     _checkpoint(folder, loop, state)
             else:
                 state.store.commit(state.number)
-            bar.update(record)
+            bar.update(record, getattr(engine, "choice", ""))
             if on_round is not None:
                 on_round(record)
     return Result(loop.algorithm, loop.objective, state.eta, history, some_inputs(clients, test), state.store, device)
