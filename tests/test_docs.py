@@ -2,11 +2,20 @@
 
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
+
+import fedprior as fp
+from fedprior.objective import Objective
+from fedprior.planning import prepare
+from fedprior.rng import generator
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("**/*.md"))]
+INDEX = (ROOT / "docs/algorithms/README.md").read_text()
+MODEL = fp.models.mlp(64, (32,))
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)
@@ -38,3 +47,42 @@ def test_the_readme_prints_what_its_script_prints(capsys):
 def test_links_lead_to_files(page):
     for target in re.findall(r"\]\((?!https?://)([^)#]+)", page.read_text()):
         assert (page.parent / target).exists(), f"{page.name} links to {target}"
+
+
+def sum_only(algorithm: fp.Algorithm) -> str:
+    """Whether `accept` looks at single uploads, and whether it then counts anything but what came."""
+    if not hasattr(algorithm.prior, "accept"):
+        return "yes"
+    bound, eta, _ = prepare(algorithm, Objective(MODEL), torch.zeros(1, 64), rounds=5, cohort=5)
+    prior: Any = bound.prior
+    sent = prior.sample(eta, generator(0, "docs")) if hasattr(prior, "sample") else eta
+    message = bound.message(sent, bound.inference.start(bound.prior, sent))
+    return "checked" if set(bound.accept(sent, message).terms) == set(message.terms) else "no"
+
+
+def personal(algorithm: fp.Algorithm) -> str:
+    """Whether a part of the prior stays with the client, or the E-step has a model of the client's own."""
+    parts = getattr(algorithm.prior, "parts", {"*": algorithm.prior}).values()
+    if any(hasattr(part, "kept") for part in parts):
+        return "kept"
+    return "own" if hasattr(algorithm.inference, "personal") else ""
+
+
+@pytest.mark.parametrize("name", fp.ALGORITHMS)
+def test_every_algorithm_has_a_page_and_a_true_row(name):
+    make = fp.ALGORITHMS[name]
+    algorithm, what = make(), (make.__doc__ or "").splitlines()[0].split(": ", 1)[-1]
+    prior, e_step = (type(part).__name__ for part in (algorithm.prior, algorithm.inference))
+    (link,) = re.findall(rf"^\| \[{name}\]\((\w+\.md)\) ", INDEX, re.M)
+    row = f"| [{name}]({link}) | {what} | {prior} | {e_step} | {sum_only(algorithm)} | {personal(algorithm)} |"
+    assert row in INDEX.splitlines()
+    page = (ROOT / "docs/algorithms" / link).read_text()
+    assert re.search(rf"^[^#\n]*\bfp\.{name}\b", "".join(re.findall(r"^```python\n(.*?)^```", page, re.M | re.S)), re.M)
+    for part in ("**When to use it.**", "**Reference.**"):
+        assert part in page
+
+
+def test_the_index_lists_algorithms_in_order_and_all_pages():
+    rows = re.findall(r"^\| \[(\w+)\]\((\w+\.md)\)", INDEX, re.M)
+    assert [name for name, _ in rows] == list(fp.ALGORITHMS)
+    assert {page for _, page in rows} == {p.name for p in (ROOT / "docs/algorithms").glob("*.md")} - {"README.md"}
