@@ -11,12 +11,13 @@ from typing import Any
 
 from torch import nn
 
-from fedprior import checkpoint, checks, planning, tree, wire
+from fedprior import checkpoint, checks, layer, planning, tree, wire
 from fedprior.algorithm import Algorithm
 from fedprior.codecs import schema_of
 from fedprior.cohort import Availability, sample
-from fedprior.core import Client, Engine, Eta, Examples, Params, Population, Schema, Stats
+from fedprior.core import Client, Engine, Eta, Examples, Params, Population, Schema
 from fedprior.engines import Auto
+from fedprior.layer import Finished, Setting
 from fedprior.metrics import evaluate
 from fedprior.objective import Loss, Objective, PerExample
 from fedprior.progress import Progress
@@ -166,10 +167,13 @@ class _Loop:
         setting |= {"data": checks.identity(clients), "loss": str(objective.loss)}
         algorithm = algorithm.bind(objective.model, clients[0].train.x[:1].to(device))
         algorithm = planning.plan(algorithm, objective.params(), rounds, cohort)
+        algorithm = layer.plan(algorithm, objective, rounds, cohort, len(clients))
+        setting |= {"privacy": str(algorithm.privacy)} if algorithm.privacy else {}
         eta, server = algorithm.start(objective.params())
         first = algorithm.message(eta, algorithm.inference.start(algorithm.prior, eta))
         algorithm.m_step(eta, algorithm.accept(eta, first), server)  # what it reads and the message lacks shows here
         up_schema = schema_of(wire.flat(first))
+        Setting(algorithm, up_schema, cohort, seed).check(eta)
         return cls(
             algorithm,
             objective,
@@ -184,8 +188,10 @@ class _Loop:
         )
 
     def spent(self, history: Sequence[Round]) -> bool:
-        """Might one more round exceed the budget?"""
-        budget = self.algorithm.budget
+        """Might one more round exceed the budget of bytes, or that of privacy?"""
+        budget, privacy = self.algorithm.budget, self.algorithm.privacy
+        if privacy is not None and privacy.spent(len(history)):
+            return True
         return budget is not None and budget.spent(history, self.cohort)
 
     def first(self, store: ClientStore | None = None) -> _State:
@@ -212,21 +218,25 @@ class _Loop:
             up_schema=self.up_schema,
             device=self.device,
         )
-        total = self.engine.map_sum(work, sample(self.seed, number, len(self.clients), self.cohort))
-        eta, server, kept = self._m_step(state, total)
+        privacy, population = self.algorithm.privacy, len(self.clients)
+        indices = sample(self.seed, number, population, self.cohort, bool(privacy) and privacy.sampling == "poisson")
+        work = work.begin(Setting(self.algorithm, self.up_schema, self.cohort, self.seed), state.server, indices)
+        done = work.finish(self.engine.map_sum(work, indices))
+        eta, server, kept = self._m_step(state, done)
         seconds = time.perf_counter() - started
         deployed, params = self.algorithm.deploy(eta, self.objective)
         record = Round(
             number=number,
-            bytes_down=sum(c.bytes_down for c in work.records),
-            bytes_up=sum(c.bytes_up for c in work.records),
+            bytes_down=sum(c.bytes_down for c in done.records),
+            bytes_up=sum(c.bytes_up for c in done.records),
             parameters_left=deployed.count(params),
             seconds=seconds,
             seconds_evaluate=0.0,
-            clients=tuple(work.records),
+            clients=done.records,
             kept_eta=kept,
-            seconds_train=sum(c.seconds for c in work.records),
-            seconds_wire=broadcast + sum(c.seconds_wire for c in work.records),
+            seconds_train=sum(c.seconds for c in done.records),
+            seconds_wire=broadcast + sum(c.seconds_wire for c in done.records),
+            layer=done.info,
         )
         return _State(number, eta, server, state.store), record
 
@@ -236,11 +246,11 @@ class _Loop:
         metrics = evaluate(*self.algorithm.deploy(state.eta, self.objective), test).means()
         return replace(record, metrics=metrics, seconds_evaluate=time.perf_counter() - started)
 
-    def _m_step(self, state: _State, total: Stats | None) -> tuple[Eta, Params, str]:
+    def _m_step(self, state: _State, done: Finished) -> tuple[Eta, Params, str]:
         """The new eta and server state; the old ones, and why, if there is nothing to go by."""
-        if total is None:
-            return state.eta, state.server, "no client's statistics arrived"
-        eta, server = self.algorithm.m_step(state.eta, total, state.server, self.objective.buffers)
+        if done.total is None:
+            return state.eta, state.server, done.why
+        eta, server = self.algorithm.m_step(state.eta, done.total, state.server, self.objective.buffers)
         if not all(bool(value.isfinite().all()) for value in [*tree.flatten(eta).values(), *server.values()]):
             return state.eta, state.server, "the M-step of the summed statistics is not finite"
         return eta, server, ""

@@ -1,0 +1,116 @@
+"""What stands between the uploads and their sum: secure aggregation, privacy, robust rules. Most runs have none.
+
+A layer is made for one round. Engines know nothing of it: what `receive` returns adds up like any statistics, and
+`finish` makes of the sum what the server's step goes by.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, Protocol
+
+from fedprior.algorithm import Algorithm
+from fedprior.core import Eta, Params, Schema, Stats
+from fedprior.objective import Objective
+from fedprior.records import ClientRecord
+
+
+@dataclass(frozen=True)
+class Finished:
+    """A round's end.
+
+    Attributes:
+        total: the statistics; None if there are none.
+        why: there are none.
+        records: one a client, with the layer's bytes and refusals.
+        info: for the round's record.
+    """
+
+    total: Stats | None
+    why: str
+    records: tuple[ClientRecord, ...]
+    info: dict[str, float] = field(default_factory=dict)
+
+
+class Layer(Protocol):
+    """One round's layer; one that `seals` makes the payloads itself."""
+
+    @property
+    def seals(self) -> bool:
+        """Are payloads made by `seal(eta, stats, weight, index)` and read by `open(payload)`?"""
+        ...
+
+    def public(self) -> Any:
+        """The layer without what the server's side alone holds, for other processes."""
+        ...
+
+    def receive(self, eta: Eta, stats: Stats, client: str, /) -> Stats:
+        """What is summed of one upload; a PayloadError refuses it. Never called if it seals."""
+        ...
+
+    def finish(self, eta: Eta, total: Stats | None, records: Sequence[ClientRecord], /) -> Finished:
+        """From the sum, None if nothing arrived, to the statistics."""
+        ...
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What layers of all rounds are made from.
+
+    Attributes:
+        schema: of a client's message.
+        cohort: clients a round.
+    """
+
+    algorithm: Algorithm
+    schema: Schema
+    cohort: int
+    seed: int
+
+    def check(self, eta: Eta) -> None:
+        """A ValueError before round one if the bits of secure aggregation do not hold a cohort's sum."""
+        if self.algorithm.secure is not None:
+            from fedprior.privacy.sealed import layout
+
+            layout(self, 0, eta, self.algorithm.privacy.clip if self.algorithm.privacy else 0.0)
+
+    def layer(self, number: int, eta: Eta, server: Params, ids: Sequence[int]) -> Any:
+        """The layer of one round, None for most algorithms.
+
+        Args:
+            number: of the round.
+            eta: as the clients decode it.
+            server: the server step's state.
+            ids: the clients' own indices.
+        """
+        algorithm = self.algorithm
+        if algorithm.robust is not None:
+            from fedprior.robust import Robust
+
+            return Robust(algorithm, algorithm.robust)
+        privacy = algorithm.privacy
+        most = privacy.bound(server) if privacy else 0.0
+        if algorithm.secure is not None:
+            from fedprior.privacy.sealed import Sealed
+
+            return Sealed.begin(self, number, eta, most, ids)
+        if privacy is not None:
+            from fedprior.privacy.central import Central
+
+            return Central(algorithm, privacy, most, self.schema, self.seed, number)
+        return None
+
+
+def plan(algorithm: Algorithm, objective: Objective, rounds: int, cohort: int, population: int) -> Algorithm:
+    """The algorithm with its noise; a ValueError for models and sizes that do not go with the layer."""
+    if algorithm.privacy is not None:
+        if objective.buffers:
+            raise ValueError(
+                f"running means ({', '.join(sorted(objective.buffers)[:2])}, ...) do not go with privacy=...: noise "
+                "makes variances negative. Use GroupNorm instead of BatchNorm"
+            )
+        algorithm = replace(algorithm, privacy=algorithm.privacy.planned(rounds, cohort, population))
+    if algorithm.secure is not None and cohort < 3:
+        raise ValueError(f"a sum of {cohort} clients hides nothing: secure=... needs a cohort of 3 at least")
+    return algorithm
