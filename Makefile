@@ -5,8 +5,9 @@ VENV := .venv
 BIN := $(VENV)/bin
 WORKERS ?= 2
 DEMO ?= demo
+FLOWER_TESTS := $(wildcard tests/test_federation*.py) tests/test_deployed.py
 
-.PHONY: install demo test test-all test-demo check format docs clean
+.PHONY: install demo test test-all test-demo test-flower check format docs clean
 
 install: $(VENV)/.installed
 
@@ -28,6 +29,16 @@ test-all: install
 test-demo: install
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 0 -m slow tests/test_demo.py
 
+# Flower pins packages that others need newer: it has an environment of its own.
+test-flower: $(VENV)-flower/.installed
+	OMP_NUM_THREADS=1 $(VENV)-flower/bin/python -m pytest -m "slow or not slow" $(FLOWER_TESTS)
+
+$(VENV)-flower/.installed: pyproject.toml
+	$(PYTHON) -m venv $(VENV)-flower
+	$(VENV)-flower/bin/python -m pip install -q "$(TORCH)"
+	$(VENV)-flower/bin/python -m pip install -q -e ".[flower,data,report]" "hypothesis>=6.100" "pytest>=8.2" "pytest-timeout>=2.3"
+	touch $@
+
 check: install
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
@@ -43,4 +54,4 @@ format: install
 	$(BIN)/ruff format .
 
 clean:
-	rm -rf $(VENV) $(DEMO) .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(VENV)-flower $(DEMO) .pytest_cache .ruff_cache .hypothesis

@@ -22,7 +22,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -116,9 +116,9 @@ def ours(row: Row, engine: object) -> list[float]:
     return [1000 * r.seconds for r in result.history]
 
 
-def one(name: str, side: str) -> list[float]:
-    """One turn of one side, in this process."""
-    row = ROWS[name]
+def one(name: str, side: str, rounds: str = "") -> list[float]:
+    """One turn of one side, in this process; of other than the row's rounds, if they are given."""
+    row = replace(ROWS[name], rounds=int(rounds)) if rounds else ROWS[name]
     torch.set_num_threads(os.cpu_count() or 1 if side == "loop, all threads" else 1)
     if side.startswith("loop"):
         return loop(row)
@@ -149,7 +149,7 @@ def limit(name: str) -> float:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--one", help="ROW;SIDE: a process of the benchmark")
+    parser.add_argument("--one", help="ROW;SIDE or ROW;SIDE;ROUNDS: a process of the benchmark")
     parser.add_argument("--only", default=",".join(ROWS))
     parser.add_argument("--sides", default=";".join(SIDES))
     parser.add_argument("--repeats", type=int, default=3)
@@ -160,7 +160,8 @@ def main() -> None:
         return
     table = {}
     for name in options.only.split(","):
-        sides: dict[str, list[float]] = {side: [] for side in options.sides.split(";")}
+        there = [s for s in options.sides.split(";") if s != "stacked" or hasattr(fp.engines, "Stacked")]
+        sides: dict[str, list[float]] = {side: [] for side in there}
         for _ in range(options.repeats):
             for side in sides:
                 command = [sys.executable, __file__, "--one", f"{name};{side}"]

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 import fedprior as fp
-from fedprior import Client, Examples, Params, Stats, posteriors, priors, tree
+from fedprior import Client, Examples, Params, Stats, inference, posteriors, priors, tree
 from fedprior.objective import Objective
 from fedprior.rng import generator
 from fedprior.slim import Cut
@@ -68,6 +68,7 @@ class Case:
 
     Attributes:
         curved: False if log_prob does not depend on some field of eta (the flat limit).
+        e_step: an inference whose `start` fits the prior; None for the usual one.
     """
 
     name: str
@@ -75,6 +76,7 @@ class Case:
     params: Params
     posterior: Callable[[Case, torch.Generator], Any]
     curved: bool = True
+    e_step: Any = None
 
     def __str__(self) -> str:
         return self.name
@@ -120,6 +122,24 @@ def gains(case: Case, rng: torch.Generator) -> posteriors.Gains:
     return posteriors.Gains(normal(rng, case.params), gates(case, rng))
 
 
+def tilted(case: Case, rng: torch.Generator) -> posteriors.Tilted:
+    """Of a new client, whose first step is its vector."""
+    phi, own = normal(rng, case.params), normal(rng, case.params)
+    return posteriors.Tilted(phi, own, own, {"clients": torch.ones((), dtype=torch.float64)})
+
+
+def precise(case: Case, rng: torch.Generator) -> posteriors.Gaussian:
+    return posteriors.Gaussian(normal(rng, case.params), uniform(rng, case.params, 0.5, 2.0))
+
+
+def scaled(case: Case, rng: torch.Generator) -> posteriors.Scaled:
+    return posteriors.Scaled(normal(rng, case.params), uniform(rng, case.params, 0.5, 2.0))
+
+
+def site(case: Case, rng: torch.Generator) -> posteriors.Site:
+    return posteriors.Site(uniform(rng, case.params, 0.1, 2.0), normal(rng, case.params))
+
+
 def bound(prior: Any, model: nn.Module, x: Tensor) -> dict[str, Any]:
     return {"prior": prior.bind(model, x), "params": Objective(model).params()}
 
@@ -150,7 +170,49 @@ PRIORS = [
     Case("dropout-mlp", **bound(priors.Dropout(), MLP, VECTORS), posterior=drawn_gates, curved=False),
     Case("dropout-mlp-3", **bound(priors.Dropout(0.5, 3.0), MLP, VECTORS), posterior=drawn_gates),
     Case("dropout-conv-3", **bound(priors.Dropout(0.5, 3.0), CONV, IMAGES), posterior=drawn_gates),
+    Case("scaffold", priors.Scaffold(), PLAIN, tilted, curved=False, e_step=inference.Tilted(0.1)),
+    Case("online-laplace", priors.OnlineLaplace(2.0), PLAIN, precise, e_step=inference.Laplace(0.1)),
+    Case("niw", priors.NIW(0.5, 2.0, 4.0, 0.125), PLAIN, point),
+    Case("niw-diagonal", priors.NIW(spread=0.0), PLAIN, diagonal),
+    Case("learned-scale-of-the-library", priors.LearnedScale(1e-9), PLAIN, diagonal),
+    Case("laplace", priors.ScaleMixture("laplace"), PLAIN, scaled, e_step=inference.Reweighted(0.1)),
+    Case("horseshoe", priors.ScaleMixture("horseshoe"), PLAIN, scaled, e_step=inference.Reweighted(0.1)),
+    Case("sites", priors.Sites(0.5), PLAIN, site, e_step=inference.Sites()),
+    Case("feddyn-2", priors.FedDyn(2.0), PLAIN, tilted, e_step=inference.Tilted(0.1)),
 ]
+
+
+def split(first: Case) -> Case:
+    """A prior of the table over its own parameters, and a Gaussian over two more."""
+    more = {f"more.{k}": v for k, v in PLAIN.items()}
+    prior = priors.Split({"more.*": priors.Gaussian(2.0), "*": first.prior})
+
+    def both(case: Case, rng: torch.Generator) -> Any:
+        return Wider(first.posterior(first, rng), normal(rng, more))
+
+    return Case(f"split-{first.name}", prior, {**first.params, **more}, both, first.curved)
+
+
+class Wider:
+    """A posterior, and a point in further parameters."""
+
+    def __init__(self, q: Any, more: Params) -> None:
+        self.q, self.more = q, more
+
+    def mean(self) -> Params:
+        return {**self.q.mean(), **self.more}
+
+    def second_moment(self) -> Params:
+        own = self.q.second_moment() if hasattr(self.q, "second_moment") else {}  # a posterior may do without
+        return {**own, **tree.map(torch.square, self.more)}
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.q, name)
+
+
+SPLITS = [split(case) for case in PRIORS]
+PERSONAL_HEAD = priors.Split({"@head": priors.Personal(), "*": priors.Gaussian(2.0)})
+SPLITS += [Case("split-personal", **bound(PERSONAL_HEAD, MLP, VECTORS), posterior=point)]
 
 
 def total(stats: Sequence[Stats]) -> Stats:

@@ -13,10 +13,16 @@ from fedprior.rng import generator
 FIVE = ("init", "stats", "log_prob", "m_step", "point")
 
 
+def objective(case: Case, eta, stats) -> torch.Tensor:
+    """What m_step maximises: log_prob, and the hyper-prior where there is one."""
+    hyper = getattr(case.prior, "log_hyper", None)
+    return case.prior.log_prob(eta, stats) + (hyper(eta, case.eta()) if hyper else 0.0)
+
+
 def gradient(case: Case, eta, stats) -> core.Params:
-    """d log_prob / d eta, flat."""
+    """d objective / d eta, flat."""
     leaves = {k: v.detach().clone().requires_grad_() for k, v in tree.flatten(eta).items()}
-    value = case.prior.log_prob(tree.unflatten(eta, leaves), stats)
+    value = objective(case, tree.unflatten(eta, leaves), stats)
     if not value.requires_grad:
         return tree.map(torch.zeros_like, leaves)
     grads = torch.autograd.grad(value, list(leaves.values()), allow_unused=True, materialize_grads=True)
@@ -24,7 +30,7 @@ def gradient(case: Case, eta, stats) -> core.Params:
 
 
 def stationary(case: Case) -> None:
-    """The gradient of log_prob(., total) is zero at the M-step's answer, which is found from the uplink alone."""
+    """The gradient of log_prob + log_hyper is zero at the M-step's answer, which is found from the uplink alone."""
     stats = total(case.clients())
     eta = case.prior.m_step(case.eta(), stats.only(case.prior.uplink))
     largest = max(float(g.abs().max()) for g in gradient(case, eta, stats).values())
@@ -35,14 +41,14 @@ def a_maximum(case: Case) -> None:
     """No eta near the M-step's answer is better."""
     stats, rng = total(case.clients()), generator(0, "perturb")
     eta = case.prior.m_step(case.eta(), stats.only(case.prior.uplink))
-    best = float(case.prior.log_prob(eta, stats))
+    best = float(objective(case, eta, stats))
     for size in (1e-3, 1e-2, 0.1):
         for _ in range(10):
             flat = tree.map(
                 lambda v, size=size: v * (1 + size * (2 * torch.rand(v.shape, generator=rng, dtype=v.dtype) - 1)),
                 tree.flatten(eta),
             )
-            other = float(case.prior.log_prob(tree.unflatten(eta, flat), stats))
+            other = float(objective(case, tree.unflatten(eta, flat), stats))
             assert other < best or (not case.curved and other <= best), f"{other} beats the M-step's {best}"
 
 

@@ -15,6 +15,7 @@ from cases import classification_clients, equal, image_clients, without_seconds
 from fedprior import Availability, Client, inference, planning, priors, tree
 from fedprior.budget import Budget
 from fedprior.codecs import Sparse
+from fedprior.engines.sequential import summed
 from fedprior.objective import Objective
 from fedprior.records import ClientRecord, Round
 
@@ -173,10 +174,12 @@ def round_of(number: int, *clients: tuple[int, int]) -> Round:
 
 @dataclass(frozen=True)
 class Spent:
-    """Rounds, and the bytes that the next one may need, by hand: 1.05 x 2 clients x the longest payloads."""
+    """Rounds, what is known of the next, and the bytes that it may need, by hand: 1.05 x 2 clients x the longest."""
 
     history: list[Round]
     bytes: float
+    down: float | None = None
+    up: float | None = None
 
 
 SPENT = [
@@ -185,14 +188,82 @@ SPENT = [
     Spent([round_of(1, (100, 50), (100, 0))], 250 + 2.1 * 150),  # one was dropped: it may answer next time
     Spent([round_of(1, (100, 50), (80, 60)), round_of(2, (90, 0), (90, 0))], 290 + 180 + 2.1 * 150),
     Spent([round_of(1, (300, 50), (300, 60)), round_of(2, (40, 20), (40, 10))], 710 + 110 + 2.1 * 60),
+    Spent([], 0, 100, 50),
+    Spent([round_of(1, (100, 50), (100, 60))], 310 + 2 * 90 + 2.1 * 60, 90),
+    Spent([round_of(1, (100, 50), (100, 60))], 310 + 2 * 130 + 2.1 * 60, 130),
+    Spent([round_of(1, (100, 50), (100, 60))], 310 + 2.1 * 100 + 2 * 62, None, 62),
+    Spent([round_of(1, (100, 50), (100, 60))], 310 + 2 * 90 + 2.1 * 60, 90, 64),  # 5 % more than 60 are less than 64
+    Spent([round_of(1, (100, 0), (100, 0))], 200 + 2 * 90 + 2 * 64, 90, 64),
 ]
 
 
 @pytest.mark.parametrize("case", SPENT, ids=lambda c: f"{c.bytes:g}")
 def test_when_it_is_spent(case: Spent) -> None:
-    assert not Budget((case.bytes + 0.01) / 1e6).spent(case.history, 2)
+    assert not Budget((case.bytes + 0.01) / 1e6).spent(case.history, 2, case.down, case.up)
     if case.history:
-        assert Budget((case.bytes - 0.01) / 1e6).spent(case.history, 2)
+        assert Budget((case.bytes - 0.01) / 1e6).spent(case.history, 2, case.down, case.up)
+
+
+@dataclass
+class Watching:
+    """An engine that asks what is known of each round, and keeps it beside what the round was."""
+
+    seen: list[tuple[int | None, int | None, list[ClientRecord]]]
+
+    def map_sum(self, work, indices):
+        down, up = planning.known(work.algorithm, work.like)
+        total = summed(work, map(work.client, indices))
+        self.seen.append((down, up, list(work.records)))
+        return total
+
+
+KNOWN = [
+    (fp.fedavg(), "exact"),
+    (fp.fedavg(value_type="int4"), "exact"),
+    (fp.fedavg(value_type="int8", entropy="zlib"), "bound"),
+    (fp.fedsparse(0.1, density=0.2, batch_size=8), "late"),
+    (fp.fedsparse(0.1, density=0.2, batch_size=8, value_type="bfloat16", entropy="none"), "late"),
+    (fp.fedsparse(0.1, density=0.2, batch_size=8, value_type="int8", entropy="none"), "late"),
+    (fp.fedsparse(0.1, density=0.2, batch_size=8, value_type="int8"), "bound"),
+    (fp.topk(), "down"),
+    (fp.grouplasso(), "down"),
+    (fp.feddropout(), "nothing"),
+]
+
+
+@pytest.mark.parametrize(("algorithm", "kind"), KNOWN, ids=lambda v: v if isinstance(v, str) else str(v)[:60])
+def test_what_is_known_of_a_round_before_it_begins(algorithm: fp.Algorithm, kind: str) -> None:
+    """Broadcasts to the byte; uploads to the byte if nothing is dropped or coded, else a bound that none exceeds.
+
+    "late": to the byte from round 6 on, when the density is reached. Before, units that are of no use yet have gains of
+    zero, which are not sent.
+    """
+    watching = Watching([])
+    run("lenet", algorithm, engine=watching)
+    assert len(watching.seen) == ROUNDS
+    for number, (down, up, records) in enumerate(watching.seen, 1):
+        exact = kind == "exact" or (kind == "late" and number > 5)
+        assert (down is None) == (kind == "nothing") and (up is None) == (kind in ("nothing", "down"))
+        assert down is None or {c.bytes_down for c in records} == {down}
+        longest = max(c.bytes_up for c in records)
+        assert up is None or (longest == up if exact else 0.75 * up < longest <= up)
+
+
+@pytest.mark.parametrize("fits", [1, 2, 4])
+def test_a_budget_of_so_many_rounds_pays_for_them_to_the_byte(fits: int) -> None:
+    for less, wanted in ((0, fits), (1, fits - 1)):
+        if wanted:
+            assert len(run("mlp", limited((fits * BYTES - less) / 1e6), 20).history) == wanted
+
+
+@pytest.mark.parametrize("value_type", TYPES)
+@pytest.mark.parametrize("rounds", [2, 3, 4, 5])
+def test_a_short_run_is_not_cut_short(value_type, rounds: int) -> None:
+    """Its model shrinks by a third in one round: the next payloads are much shorter than the last ones."""
+    mb = {"float32": 0.012, "int8": 0.0055, "int4": 0.005}[value_type] * rounds
+    result = run("lenet", sparse(mb, value_type), rounds)
+    assert len(result.history) == rounds and total(result) <= mb * 1e6
+    assert result.history[-1].bytes_down < 0.9 * result.history[0].bytes_down
 
 
 @pytest.mark.parametrize("algorithm", [fp.fedavg(), fp.feddropout(), fp.fedsparse(density=0.2)], ids=lambda a: a.name)
@@ -239,6 +310,12 @@ def test_an_interrupted_run_keeps_its_plan(options: dict, tmp_path: Path) -> Non
         ({"budget_mb": float("inf")}, "budget_mb must be a positive number"),
         ({"budget_mb": float("nan")}, "budget_mb must be a positive number"),
         ({"lambda_0": -0.1}, "lambda_0"),
+        ({"lambda_0": 0.1, "momentum": 0.5}, "momentum=0.5 is not used with lambda_0"),
+        ({"lambda_0": 0.1, "momentum": 0.0}, "momentum=0.0 is not used with lambda_0"),
+        ({"lambda_0": 0.0, "activations": 0.1}, "activations=0.1 is not used with lambda_0"),
+        ({"gate_lr": 0.05}, "gate_lr=0.05 is for gates that clients learn"),
+        ({"budget_mb": 5, "gate_lr": 0.05}, "gate_lr=0.05 is for gates that clients learn"),
+        ({"lambda_0": 0.1, "gate_lr": 0.0}, "need gate_lr > 0"),
     ],
 )
 def test_arguments_that_make_no_sense_are_refused(options: dict, message: str) -> None:

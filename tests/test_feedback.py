@@ -119,6 +119,8 @@ WRONG = [
     ({"feedback": True}, "delta=True as well"),
     ({"feedback": True, "delta": True, "prior": priors.SpikeSlab(0.1)}, "SpikeSlab are over the clients whose gates"),
     ({"feedback": True, "delta": True, "prior": priors.Dropout()}, "Dropout are over the clients whose gates"),
+    ({"feedback": True, "delta": True, "prior": priors.SharedGates(0.5)}, "SharedGates removes units"),
+    ({"feedback": True, "delta": True, "prior": priors.GroupLasso(0.1)}, "GroupLasso removes units"),
 ]
 
 

@@ -9,14 +9,28 @@ import pytest
 import torch
 
 import laws
-from cases import CONV, IMAGES, PRIORS, Case, bound, close, diagonal, drawn_gates, equal, everywhere, point, total
+from cases import (
+    CONV,
+    IMAGES,
+    PRIORS,
+    SPLITS,
+    Case,
+    bound,
+    close,
+    diagonal,
+    drawn_gates,
+    equal,
+    everywhere,
+    point,
+    total,
+)
 from fedprior import priors, structure, tree
 from fedprior.core import Stats
 from learned_scale import LearnedScale
 
 
 @pytest.mark.parametrize("law", laws.LAWS, ids=lambda law: law.__name__)
-@pytest.mark.parametrize("case", PRIORS, ids=str)
+@pytest.mark.parametrize("case", [*PRIORS, *SPLITS], ids=str)
 def test_law(case: Case, law: Callable[[Case], None]) -> None:
     law(case)
 

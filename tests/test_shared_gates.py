@@ -123,7 +123,7 @@ def test_the_e_step_needs_a_prior_with_gates_and_the_prior_gains() -> None:
     with pytest.raises(TypeError, match=r"inference.Gains needs a prior.*SharedGates"):
         fp.run(fp.Algorithm(priors.Gaussian(), inference.Gains(0.1)), model, clients, rounds=1)
     with pytest.raises(TypeError, match=r"SharedGates needs a posterior with gains.*inference.Gains"):
-        fp.run(fp.Algorithm(shared(), inference.Point(0.1)), model, clients, rounds=1)
+        fp.run(fp.Algorithm(shared(), inference.Point(0.1)), model, clients, rounds=4)
 
 
 FIELDS = bound(shared(memory=0.25), CONV, IMAGES)
@@ -243,6 +243,52 @@ def test_without_evidence_nothing_is_removed() -> None:
     assert equal(step(PRIOR, eta, nothing).keep, eta.keep)
 
 
+def test_a_silent_round_goes_on_by_what_is_remembered() -> None:
+    """A chain of silent rounds leaves what one answered round would have left so late, weights and gains included."""
+    eta = step(PRIOR, PRIOR.init(normal(generator(0, "eta"), FIELDS["params"])), ramp(1))
+    late = eta._replace(round={"t": eta.round["t"] + 2})
+    idle = eta
+    for _ in range(3):
+        idle = PRIOR.idle(idle)
+    assert float(idle.round["t"]) == 4 and PRIOR.settled(idle) and not PRIOR.settled(eta)
+    assert left(PRIOR, idle) <= 0.3 * tree.size(eta.mean) < left(PRIOR, eta)
+    answered = step(replace(PRIOR, memory=0.0), late, eta.gain)
+    assert equal(idle.keep, answered.keep) and equal(idle.mean, answered.mean) and equal(idle.gain, answered.gain)
+    assert equal(PRIOR.idle(idle).keep, idle.keep)
+
+
+def test_without_evidence_a_silent_round_removes_nothing() -> None:
+    eta = PRIOR.init(FIELDS["params"])
+    idle = PRIOR.idle(PRIOR.idle(eta))
+    assert equal(idle.keep, eta.keep) and equal(idle.mean, eta.mean) and float(idle.round["t"]) == 2
+
+
+@pytest.mark.parametrize("steps", [None, 3])
+def test_a_prior_without_a_schedule_says_what_to_give(steps: int | None) -> None:
+    prior = priors.SharedGates(0.3, 0.5, steps).bind(CONV, IMAGES)
+    eta = PRIOR.init(FIELDS["params"])
+    for call in (lambda: prior.init(eta.mean), lambda: prior.settled(eta), lambda: prior.schedule(eta.mean, 3)):
+        with pytest.raises(
+            ValueError, match=r"no schedule yet: give density, start, hold and steps, or call scheduled"
+        ):
+            call()
+
+
+LONG = [({"hold": 6}, 6, 7), ({"steps": 5}, 6, 7), ({"hold": 3, "steps": 4}, 6, 7), ({"steps": 2}, 1, 2)]
+
+
+@pytest.mark.parametrize(("fields", "rounds", "needed"), LONG)
+def test_a_schedule_longer_than_the_run_is_refused_before_round_one(fields, rounds: int, needed: int, tmp_path) -> None:
+    algorithm = fp.fedsparse(density=0.3)
+    algorithm = replace(algorithm, prior=replace(algorithm.prior, **fields))  # type: ignore[type-var]
+    model, clients = fp.models.lenet((3, 3), 4, 4, 16), image_clients(1, 12)
+    with pytest.raises(ValueError, match=rf"hold \+ steps = \d \+ \d rounds, and the run has {rounds}") as error:
+        fp.run(algorithm, model, clients, rounds=rounds, out=tmp_path / "run")
+    assert not (tmp_path / "run").exists() and f"or run {needed} rounds" in str(error.value)
+    fits = replace(algorithm.prior, steps=needed - (fields.get("hold") or int(0.45 * needed)))  # type: ignore[type-var]
+    assert fits.scheduled(needed).hold + fits.steps == needed
+
+
 BAD = [{"density": 0.0}, {"density": 0.5, "start": 0.4}, {"steps": 0}, {"memory": 1.0}, {"hold": -1}]
 
 
@@ -295,3 +341,16 @@ def test_a_run_meets_the_density_and_learns() -> None:
     assert float(result.eta.price["lambda_0"]) > 0
     again = run()
     assert without_seconds(result.history) == without_seconds(again.history)
+
+
+@pytest.mark.parametrize("seed", [0, 2, 3])
+def test_an_unreliable_fleet_gets_the_density_on_time(seed: int) -> None:
+    """Rounds in which nobody answers count: after hold + steps = 7 of 12 rounds the model is as small as asked."""
+    clients, fleet = image_clients(4, 24), fp.Availability(dropout=0.6)
+    algorithm = fp.fedsparse(lr=0.1, batch_size=8, density=0.2)
+    model = fp.models.lenet((6, 8), 16, 4, 16)
+    result = fp.run(algorithm, model, clients, rounds=12, cohort=2, availability=fleet, seed=seed)
+    silent = [r.number for r in result.history if r.kept_eta]
+    assert any(number <= 7 for number in silent) and silent[:7] != list(range(1, 8))
+    assert float(result.eta.round["t"]) == 12
+    assert all(r.parameters_left <= 0.2 * result.parameters for r in result.history[6:])

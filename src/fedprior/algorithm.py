@@ -9,11 +9,26 @@ Optional methods of a prior, each with the meaning it has when absent:
     reference(eta_s, sent) -> Stats what deltas are taken from: see below     (the message of inference.start)
     accept(eta_s, stats) -> Stats   what the server counts of an upload       (all of it)
     project(eta, before) -> eta     back to feasible values, after a step     (eta)
+    idle(eta) -> eta                a round from which nothing arrived        (eta)
+    full(eta) -> q                  whose message is as long as any can be    (unknown: budget.py)
+    kept(q) -> Params               what a client keeps and never sends       (nothing)
+    recall(kept) -> prior           the prior as that client sees it later    (asked only where there is `kept`)
+    predictive(eta, rng) -> Predictive    what the server predicts with       (prior.point(eta))
+    log_hyper(eta, before) -> scalar log p(eta), which m_step counts in       (0)
 
 Optional attributes: `exact`, a tuple of eta's fields that take the exact M-step whatever the server step is, before
 `project`: gates, counters and running means, which no optimiser may overshoot. Absent, there are none. `individual`:
 True if `accept` does more than to refuse, so that the server needs uploads one by one; absent, False, unless there is
 a `sample`. Sums that hide the uploads (secure, privacy) and robust rules do not call `accept` on single ones.
+
+An optional method of an inference, with what it means when absent:
+
+    personal(objective, prior, eta, client, state, rng) -> Predictive     what client s predicts with, after it has
+        adapted to its training examples; `state` is that of its last E-step, or None for a client never seen
+        (one E-step from eta with that state, and the mean of its posterior: fine-tuning)
+
+Personal parameters. What `kept(q)` names lives with the client: in its next E-step, and in `personal`, the inference
+is given prior.recall(kept), whose point has the client's own values. An inference needs to know nothing of it.
 
 eta_s is what the client was sent. `message` sees it as it was decoded, `accept` as the server drew it; `accept` raises
 a PayloadError to refuse the upload.
@@ -38,6 +53,7 @@ from fedprior.budget import Budget
 from fedprior.codecs import Dense, TopK
 from fedprior.core import Client, Codec, Eta, Inference, Params, Prior, ServerStep, Stats
 from fedprior.objective import Objective
+from fedprior.posteriors import Predictive
 from fedprior.privacy import dp, secure_sum
 from fedprior.privacy.dp import Privacy
 from fedprior.privacy.secure_sum import SecureSum
@@ -62,7 +78,8 @@ class Algorithm:
         delta: code a client's message as the difference to what the server knows before it arrives (wire.py). There
             are no deltas downwards: a client of a sampled cohort holds no recent eta to add them to.
         feedback: clients keep what the codec left out and add it to their next message. Needs delta, and a prior
-            whose statistics are means of all clients: an entry behind a closed gate cannot be sent late.
+            whose statistics are means of all clients, and which removes no unit: an entry behind a closed gate cannot
+            be sent late.
         weighting: "uniform", one vote a client, as the hierarchical model says; or "examples", a client's
             statistics times its number of training examples, as McMahan's FedAvg does.
         budget: bytes that a run may spend (budget.py); None for no limit.
@@ -111,6 +128,11 @@ class Algorithm:
                 "feedback=True needs statistics that are means over all clients, and those of "
                 f"{type(self.prior).__name__} are over the clients whose gates are open: leave feedback out"
             )
+        if self.feedback and hasattr(self.prior, "cut"):
+            raise ValueError(
+                f"feedback=True sends late what was left out, and {type(self.prior).__name__} removes units, whose "
+                "weights nobody waits for any more: leave feedback out"
+            )
 
     def _check_layer(self) -> None:
         """What hides uploads, what needs them, and what bounds them."""
@@ -152,6 +174,16 @@ class Algorithm:
         return hasattr(self.prior, "sample")
 
     @property
+    def layered(self) -> bool:
+        """Does something stand between the uploads and their sum (layer.py)?"""
+        return not (self.secure is None and self.privacy is None and self.robust is None)
+
+    @property
+    def poisson(self) -> bool:
+        """Is each client sampled by itself, so that cohorts have no fixed size?"""
+        return self.privacy is not None and self.privacy.sampling == "poisson"
+
+    @property
     def individual(self) -> bool:
         """Must the server see uploads one by one?"""
         return self.samples or getattr(self.prior, "individual", False)
@@ -160,6 +192,43 @@ class Algorithm:
         """What one client receives; eta itself unless the prior draws one for each."""
         sample = getattr(self.prior, "sample", None)
         return sample(eta, rng) if sample else eta
+
+    def seen_by(self, kept: Params | None) -> Prior:
+        """The prior as a client with these parameters of its own sees it; None for a client never seen."""
+        recall: Any = getattr(self.prior, "recall", None)
+        return recall(kept) if recall and kept else self.prior
+
+    def e_step(
+        self,
+        objective: Objective,
+        eta: Eta,
+        client: Client,
+        own: Params | None,
+        kept: Params | None,
+        rng: torch.Generator,
+    ) -> tuple[Any, Params | None, Params | None]:
+        """The client's posterior, and its next state: the inference's `own`, and the prior's `kept`."""
+        prior = self.seen_by(kept)
+        q, own = self.inference.e_step(objective, prior, eta, client, own, rng)
+        keeps: Any = getattr(prior, "kept", None)
+        return q, own, keeps(q) if keeps else None
+
+    def personal(
+        self,
+        objective: Objective,
+        eta: Eta,
+        client: Client,
+        own: Params | None,
+        kept: Params | None,
+        rng: torch.Generator,
+    ) -> Predictive:
+        """What a client predicts with, given eta and the state that its last E-step left."""
+        prior = self.seen_by(kept)
+        personal: Any = getattr(self.inference, "personal", None)
+        if personal is not None:
+            return personal(objective, prior, eta, client, own, rng)
+        q, _ = self.inference.e_step(objective, prior, eta, client, own, rng)
+        return Predictive.point(q.mean())
 
     def message(self, eta: Eta, q: Any) -> Stats:
         """What one client uploads, before its weight."""
@@ -202,6 +271,11 @@ class Algorithm:
         flat = {k: target[k] if k in whole else v for k, v in flat.items()}
         return self._project(tree.unflatten(eta, flat), eta), state
 
+    def idle(self, eta: Eta) -> Eta:
+        """What a round from which nothing arrived leaves of eta."""
+        idle = getattr(self.prior, "idle", None)
+        return idle(eta) if idle else eta
+
     def _project(self, eta: Eta, before: Eta) -> Eta:
         project = getattr(self.prior, "project", None)
         return project(eta, before) if project else eta
@@ -213,6 +287,14 @@ class Algorithm:
             return objective, self.prior.point(eta)
         left = cut(eta)
         return objective.cut(left), left.gather(self.prior.point(eta))
+
+    def predictive(self, eta: Eta, objective: Objective, rng: torch.Generator) -> tuple[Objective, Predictive]:
+        """What the server predicts with: `deploy`'s model, unless the prior has a predictive of its own."""
+        predictive = getattr(self.prior, "predictive", None)
+        if predictive is not None:
+            return objective, predictive(eta, rng)
+        deployed, params = self.deploy(eta, objective)
+        return deployed, Predictive.point(params)
 
 
 _PARTS = {"prior": Prior, "inference": Inference, "server": ServerStep, "codec": Codec}

@@ -27,10 +27,20 @@ class Budget:
         if not 0 < self.mb < math.inf:
             raise ValueError(f"budget_mb must be a positive number of megabytes, got {self.mb}")
 
-    def spent(self, history: Sequence[Round], cohort: int) -> bool:
-        """Might one more round exceed it, if all of its clients answer with payloads 5 % longer than the last ones?"""
+    def spent(self, history: Sequence[Round], cohort: int, down: float | None = None, up: float | None = None) -> bool:
+        """Might one more round exceed it, if all of its clients answer?
+
+        Args:
+            history: the rounds so far; a run that has none has not spent anything.
+            cohort: clients a round.
+            down: bytes of the next broadcast; None if they are not known: 5 % more than the longest of the last ones.
+            up: the most bytes that a client can send; None as for `down`, which is the limit in any case.
+        """
         so_far = sum(r.bytes_down + r.bytes_up for r in history)
-        return so_far + _GROWTH * cohort * (_last(history, "bytes_down") + _last(history, "bytes_up")) > self.mb * 1e6
+        grown_down, grown_up = (_GROWTH * _last(history, d) for d in ("bytes_down", "bytes_up"))
+        down = grown_down if down is None else down
+        up = grown_up if up is None else min(up, grown_up or up)
+        return bool(history) and so_far + cohort * (down + up) > self.mb * 1e6
 
 
 def _last(history: Sequence[Round], direction: str) -> int:

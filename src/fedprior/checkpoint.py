@@ -37,10 +37,23 @@ class Checkpoint:
     server: Params
     setting: Mapping[str, Any]
 
+    def tensors(self) -> bytes:
+        """eta and the server step's state as safetensors."""
+        tensors = {f"eta:{k}": v for k, v in self.eta.items()} | {f"server:{k}": v for k, v in self.server.items()}
+        return save({k: v.detach().cpu().contiguous().clone() for k, v in tensors.items()})
+
+    @classmethod
+    def of(cls, number: int, tensors: bytes, setting: Mapping[str, Any]) -> Checkpoint:
+        """The inverse of `tensors`."""
+        parts: dict[str, Params] = {"eta": {}, "server": {}}
+        for key, value in load(tensors).items():
+            kind, name = key.split(":", 1)
+            parts[kind][name] = value
+        return cls(number, parts["eta"], parts["server"], setting)
+
     def write(self, folder: Path) -> None:
         """Write, then remove older tensor files."""
-        tensors = {f"eta:{k}": v for k, v in self.eta.items()} | {f"server:{k}": v for k, v in self.server.items()}
-        data = save({k: v.detach().cpu().contiguous().clone() for k, v in tensors.items()})
+        data = self.tensors()
         name = f"checkpoint-{self.number:06d}.safetensors"
         write_atomically(folder / name, data)
         index = {"number": self.number, "tensors": name, "sha256": _digest(data), "setting": dict(self.setting)}
@@ -64,14 +77,9 @@ def read(folder: Path) -> Checkpoint | None:
         data = (folder / index["tensors"]).read_bytes()
         if _digest(data) != index["sha256"]:
             raise ValueError(f"{index['tensors']} was changed after it was written")
-        tensors, number, setting = load(data), int(index["number"]), index["setting"]
+        return Checkpoint.of(int(index["number"]), data, index["setting"])
     except (OSError, KeyError, TypeError, ValueError) as error:
         raise ValueError(f"the checkpoint in {folder} is damaged: {error}") from error
-    parts: dict[str, Params] = {"eta": {}, "server": {}}
-    for key, value in tensors.items():
-        kind, name = key.split(":", 1)
-        parts[kind][name] = value
-    return Checkpoint(number, parts["eta"], parts["server"], setting)
 
 
 def _digest(data: bytes) -> str:

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from fedprior import tree
 from fedprior.algorithm import Algorithm
 from fedprior.cohort import Availability
 from fedprior.core import Client, Examples
@@ -116,6 +117,11 @@ def identity(clients: Any) -> str:
     ends = f"{_digest(clients[0])}, {_digest(clients[len(clients) - 1])}"
     fingerprint = getattr(clients, "fingerprint", None)
     return f"{ends}, {fingerprint()}" if fingerprint else ends
+
+
+def test_identity(test: Examples | None) -> int:
+    """A digest of the test set."""
+    return 0 if test is None else tree.digest({"x": test.x, "y": test.y})
 
 
 def _digest(client: Client) -> str:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import sys
 import time
+from dataclasses import replace
 from importlib.resources import files
 from importlib.util import find_spec
 from pathlib import Path
@@ -19,7 +20,8 @@ from rich.table import Table
 import fedprior
 from fedprior import compare as comparing
 from fedprior import config as configs
-from fedprior import finished, listings
+from fedprior import federate, finished, listings
+from fedprior.engines import leads
 from fedprior.records import read, warning
 from fedprior.refusals import interruptible, one_line
 from fedprior.run import RECORDS
@@ -61,18 +63,27 @@ def _root(
 Config = Annotated[str, typer.Argument(help="A TOML file, or the name of a preset.", show_default=False)]
 Out = Annotated[Path | None, typer.Option(help="Folder for the results.", show_default="runs/DATE-TIME-NAME")]
 Again = Annotated[Path | None, typer.Option(help="Go on with the run in this folder.", show_default="a new run")]
+RunEngine = Annotated[
+    str | None, typer.Option("--engine", help="How clients are run.", show_default="that of the file, auto")
+]
 Quiet = Annotated[bool, typer.Option("--quiet", help="No progress bar and no table.")]
 
 
 @app.command()
 @one_line
-def run(config: Config, out: Out = None, resume: Again = None, quiet: Quiet = False) -> None:
-    """Run one TOML configuration."""
+def run(config: Config, out: Out = None, resume: Again = None, engine: RunEngine = None, quiet: Quiet = False) -> None:
+    """Run one TOML configuration; `torchrun --nproc-per-node=N -m fedprior run ...` runs it in N processes."""
     if resume is not None and out is not None:
         raise ValueError("--resume DIR writes into DIR: leave out --out")
     path = _find_config(config)
-    experiment = comparing.build(configs.read(path))
+    wanted = configs.read(path)
+    if engine is not None:
+        wanted = replace(wanted, run=replace(wanted.run, engine=engine))
+    experiment = comparing.build(wanted)
     folder = resume or out or _new_folder(path.stem)
+    if not leads():  # rank 0 looks after the folder, and prints
+        comparing.execute(experiment, folder, resume is not None)
+        return
     if resume is not None:
         comparing.check_same(folder, experiment.config)
     elif comparing.holds_comparison(folder):
@@ -117,7 +128,8 @@ Batch = Annotated[int | None, typer.Option(help="Local batch size.", show_defaul
 Every = Annotated[int, typer.Option(help="Rounds between evaluations on the test set.")]
 Dropout = Annotated[float, typer.Option(help="Probability that a sampled client never answers.")]
 Deadline = Annotated[float | None, typer.Option(help="Simulated seconds a round waits.", show_default="for all")]
-Threads = Annotated[int, typer.Option(help="PyTorch's threads while clients train.")]
+Engine = Annotated[str, typer.Option(help="How clients are run: auto, sequential, workers or torchrun.")]
+Threads = Annotated[int, typer.Option(help="PyTorch's threads while clients train, with --engine sequential.")]
 Folder = Annotated[str, typer.Option(help="Where the data set's files are; none: the usual places.")]
 Target = Annotated[str, typer.Option(help="Column to predict, of a .csv or .parquet file.")]
 Owner = Annotated[str, typer.Option(help="Column that says whose a row is, of a .csv or .parquet file.")]
@@ -143,6 +155,7 @@ def compare(
     evaluate_every: Every = 1,
     dropout: Dropout = 0.0,
     deadline_seconds: Deadline = None,
+    engine: Engine = "auto",
     threads: Threads = 1,
     folder: Folder = "none",
     target: Target = "none",
@@ -173,6 +186,10 @@ def _names(algorithms: str, dataset: str) -> list[str]:
 
 
 def _compare(wanted: list[configs.Config], place: Path, resume: bool, quiet: bool) -> None:
+    if not leads():
+        experiment = comparing.build(wanted[0])
+        comparing.compare(experiment, [c.algorithm for c in wanted], place, resume)
+        return
     if not resume and comparing.holds_comparison(place):
         raise FileExistsError(f"{place} holds results already: go on with --resume, or choose another --out")
     with interruptible(f"the same command with --out {place} --resume"):
@@ -200,7 +217,7 @@ def _config(given: dict[str, Any], name: str) -> configs.Config:
     source |= {"name": kind, "path": given["dataset"]} if table else {"name": given["dataset"]}
     own = {key: given[key] for key in ("lr", "epochs", "batch_size") if given[key] is not None}
     sections = {
-        "run": {key: given[key] for key in ("rounds", "cohort", "seed", "evaluate_every", "threads")},
+        "run": {key: given[key] for key in ("rounds", "cohort", "seed", "evaluate_every", "engine", "threads")},
         "data": source,
         "model": {"name": given["model"]},
         "algorithm": {"name": name, **own},
@@ -248,6 +265,7 @@ def export(
     typer.echo(str(fedprior.export(result, out or folder / f"slim.{format or 'safetensors'}", format, about)))
 
 
+app.add_typer(federate.app, name="federate")
 app.command()(one_line(listings.algorithms))
 app.command()(one_line(listings.data))
 

@@ -26,7 +26,7 @@ from fedprior.checks import check_device, check_sizes
 from fedprior.config import TABLES, Config, DataConfig
 from fedprior.core import Examples, Population
 from fedprior.data.shakespeare import VOCABULARY
-from fedprior.engines import Sequential
+from fedprior.engines import leads, named
 from fedprior.objective import Objective
 from fedprior.records import read, write_atomically
 from fedprior.result import Result
@@ -35,7 +35,10 @@ from fedprior.run import RECORDS, run
 
 TOML, RESULTS, CLIENTS, MODEL = "run.toml", "results.json", "clients.json", "model.safetensors"
 KEYS = ("algorithm", "accuracy", "nats", "bytes_up", "bytes_down", "parameters", "parameters_left", "seconds", "rounds")
-_FREE = {"run": {"rounds", "evaluate_every", "checkpoint_every"}, "data": {"folder", "path"}}
+_FREE = {
+    "run": {"rounds", "evaluate_every", "checkpoint_every", "engine", "timeout_seconds"},
+    "data": {"folder", "path"},
+}
 
 Row = dict[str, Any]
 
@@ -144,11 +147,13 @@ def holds_comparison(folder: Path) -> bool:
 
 
 def execute(experiment: Experiment, folder: Path, resume: bool = False, progress: bool | None = None) -> Row:
-    """Run into `folder` and write what a finished run has; refuse before there is a folder."""
+    """Run into `folder` and write what a finished run has; refuse before there is a folder. Of ranks, rank 0 writes."""
     config = experiment.config
+    engine = named(config.run.engine, config.run.threads, config.run.timeout_seconds)
     planned(experiment, Objective(experiment.model, experiment.loss))
-    folder.mkdir(parents=True, exist_ok=True)
-    write_atomically(folder / TOML, configs.to_toml(config).encode())
+    if leads():
+        folder.mkdir(parents=True, exist_ok=True)
+        write_atomically(folder / TOML, configs.to_toml(config).encode())
     result = run(
         config.make_algorithm(),
         experiment.model,
@@ -158,7 +163,7 @@ def execute(experiment: Experiment, folder: Path, resume: bool = False, progress
         test=experiment.test,
         seed=config.run.seed,
         loss=experiment.loss,
-        engine=Sequential(config.run.threads),
+        engine=engine,
         availability=config.availability,
         device=config.run.device,
         out=folder,
@@ -167,7 +172,10 @@ def execute(experiment: Experiment, folder: Path, resume: bool = False, progress
         evaluate_every=config.run.evaluate_every,
         progress=progress,
     )
-    return _finish(result, experiment.clients, folder)
+    if not leads():
+        return as_row(result.row())
+    _write_json(folder / CLIENTS, [_finite(row) for row in result.per_client(experiment.clients)])
+    return finish(result, folder)
 
 
 def planned(experiment: Experiment, objective: Objective) -> Algorithm:
@@ -177,8 +185,8 @@ def planned(experiment: Experiment, objective: Objective) -> Algorithm:
     return planning.plan(algorithm, objective.params(), settings.rounds, settings.cohort)
 
 
-def _finish(result: Result, clients: Population, folder: Path) -> Row:
-    _write_json(folder / CLIENTS, [_finite(row) for row in result.per_client(clients)])
+def finish(result: Result, folder: Path) -> Row:
+    """Write the model's parameters and the row of numbers."""
     params = {name: value.detach().cpu().contiguous() for name, value in result.params.items()}
     write_atomically(folder / MODEL, save(params))
     row = as_row(result.row())
@@ -256,7 +264,8 @@ def compare(
         spent = bool(done) and budget is not None and budget.spent(read(place / RECORDS), e.config.run.cohort)
         finished = bool(done) and (done[0]["rounds"] == rounds or spent)
         rows = _replaced(rows, done[0] if finished else execute(e, place, resume, progress))
-        _write_json(folder / RESULTS, rows)
+        if leads():
+            _write_json(folder / RESULTS, rows)
     return rows
 
 

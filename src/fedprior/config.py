@@ -28,6 +28,7 @@ from fedprior import data, models
 from fedprior.algorithm import Algorithm
 from fedprior.algorithms import ALGORITHMS
 from fedprior.cohort import Availability
+from fedprior.engines import ENGINES
 
 MODELS: Mapping[str, Callable[..., nn.Module]] = {
     f.__name__: f for f in (models.lenet, models.mlp, models.softmax, models.char_gru, models.char_transformer)
@@ -40,7 +41,13 @@ _SMALL: Mapping[tuple[str, str], Mapping[str, Any]] = {("digits", "mlp"): {"hidd
 
 @dataclass(frozen=True)
 class RunConfig:
-    """The arguments of fedprior.run that are plain values; threads are PyTorch's, "none" leaves them as they are."""
+    """The arguments of fedprior.run that are plain values, and those of its engine.
+
+    Attributes:
+        engine: a name of fedprior.engines.ENGINES.
+        threads: of "sequential": PyTorch's while clients train; None leaves them as they are.
+        timeout_seconds: of "torchrun": how long the ranks wait for each other.
+    """
 
     rounds: int = 100
     cohort: int = 10
@@ -48,10 +55,13 @@ class RunConfig:
     evaluate_every: int = 1
     checkpoint_every: int = 1
     device: str = "cpu"
+    engine: str = "auto"
     threads: int | None = 1
+    timeout_seconds: int = 1800
 
     def __post_init__(self) -> None:
-        for name in ("rounds", "cohort", "evaluate_every", "checkpoint_every", "threads"):
+        known_name("engine", self.engine, ENGINES)
+        for name in ("rounds", "cohort", "evaluate_every", "checkpoint_every", "threads", "timeout_seconds"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"{name} must be at least 1, got {value}")

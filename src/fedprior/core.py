@@ -18,6 +18,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 import torch
@@ -110,9 +111,34 @@ class Client:
     held_out: Examples | None = None
 
 
+@dataclass(frozen=True)
+class Gathered:
+    """Several clients' training examples, one after the other.
+
+    Attributes:
+        indices: the clients, by position in the population.
+        names: theirs.
+        sizes: how many examples each has.
+        examples: all of them; client c's begin at starts[c].
+    """
+
+    indices: Sequence[int]
+    names: Sequence[str]
+    sizes: Sequence[int]
+    examples: Examples
+
+    @property
+    def starts(self) -> list[int]:
+        """Where each client's examples begin."""
+        return [0, *accumulate(self.sizes)][:-1]
+
+
 @runtime_checkable
 class Population(Protocol):
-    """A lazy sequence of clients: `population[i]` gathers the examples of client i when asked."""
+    """A lazy sequence of clients: `population[i]` gathers the examples of client i when asked.
+
+    Optional: `gather(indices) -> Gathered`, several clients at once.
+    """
 
     def __len__(self) -> int: ...
     def __getitem__(self, index: int, /) -> Client: ...
@@ -124,7 +150,8 @@ class Prior(Protocol):
 
     Optional methods, looked up by the functions of `algorithm.py` and described there:
     `bind(model, x)`, `sample(eta, rng)`, `cut(eta)`, `message(eta, q)`, `reference(eta, sent)`, `accept(eta, stats)`,
-    `project(eta, before)`; and an optional attribute, `exact`.
+    `project(eta, before)`, `kept(q)`, `recall(kept)`, `predictive(eta, rng)`, `log_hyper(eta, before)`; and an optional
+    attribute, `exact`.
     """
 
     @property
@@ -145,7 +172,7 @@ class Prior(Protocol):
         ...
 
     def m_step(self, eta: Eta, total: Stats, /) -> Eta:
-        """argmax of log_prob(., total); eta is kept where total says nothing."""
+        """argmax of log_prob(., total) + log_hyper; eta is kept where total says nothing."""
         ...
 
     def point(self, eta: Eta, /) -> Params:
@@ -158,6 +185,7 @@ class Inference(Protocol):
     """An E-step: maximises E_q[log p(D_s | phi)] + E_q[log p(phi | eta)] + H[q] over q.
 
     The log-likelihood is the SUM over the client's examples (see objective.py for the scale).
+    An optional method, described in `algorithm.py`: `personal(objective, prior, eta, client, state, rng)`.
     """
 
     def start(self, prior: Prior, eta: Eta, /) -> Any:

@@ -13,7 +13,8 @@ from fedprior.config import Config
 from fedprior.objective import Objective
 from fedprior.records import read
 from fedprior.result import Result, some_inputs
-from fedprior.run import RECORDS
+from fedprior.run import RECORDS, STATES
+from fedprior.store import DiskStore
 
 
 def load(folder: Path) -> tuple[Result, Config]:
@@ -37,7 +38,8 @@ def load(folder: Path) -> tuple[Result, Config]:
     if dict(schema_of(tree.flatten(like))) != dict(schema_of(saved.eta)):
         raise ValueError(f"the checkpoint in {folder} is not of the model and algorithm in its {TOML}")
     inputs = some_inputs(experiment.clients, experiment.test)
-    result = Result(algorithm, objective, tree.unflatten(like, saved.eta), read(folder / RECORDS), inputs)
+    store = DiskStore(folder / STATES)
+    result = Result(algorithm, objective, tree.unflatten(like, saved.eta), read(folder / RECORDS), inputs, store)
     return result, config
 
 

@@ -12,6 +12,7 @@ from typing import Any, Protocol
 
 from fedprior.algorithm import Algorithm
 from fedprior.core import Eta, Params, Schema, Stats
+from fedprior.engines import Auto, Sequential, Workers
 from fedprior.objective import Objective
 from fedprior.records import ClientRecord
 
@@ -102,8 +103,23 @@ class Setting:
         return None
 
 
-def plan(algorithm: Algorithm, objective: Objective, rounds: int, cohort: int, population: int) -> Algorithm:
-    """The algorithm with its noise; a ValueError for models and sizes that do not go with the layer."""
+def plan(setting: Setting, eta: Eta, objective: Objective, engine: Any, rounds: int, population: int) -> Algorithm:
+    """The algorithm with its noise; a ValueError for engines, models and sizes that do not go with the layer.
+
+    Args:
+        setting: of the run, before its noise is known.
+        eta: the first one.
+        objective: the model and its loss.
+        engine: which runs the clients.
+        rounds: of the whole run.
+        population: how many clients there are.
+    """
+    algorithm, cohort = setting.algorithm, setting.cohort
+    if algorithm.layered and not isinstance(engine, Sequential | Workers | Auto):
+        raise ValueError(
+            "secure=..., privacy=... and robust=... take uploads one by one in one process, which "
+            f"{type(engine).__name__} does not do: write engine=Auto(), Workers() or Sequential()"
+        )
     if algorithm.privacy is not None:
         if objective.buffers:
             raise ValueError(
@@ -113,4 +129,5 @@ def plan(algorithm: Algorithm, objective: Objective, rounds: int, cohort: int, p
         algorithm = replace(algorithm, privacy=algorithm.privacy.planned(rounds, cohort, population))
     if algorithm.secure is not None and cohort < 3:
         raise ValueError(f"a sum of {cohort} clients hides nothing: secure=... needs a cohort of 3 at least")
+    replace(setting, algorithm=algorithm).check(eta)
     return algorithm

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Mapping
 from dataclasses import fields, is_dataclass
 from inspect import getdoc
 from typing import Annotated, Any
@@ -32,7 +33,13 @@ def _brief(part: Any) -> str:
     """The part's class, with the fields that are not at their defaults."""
     named = [f for f in fields(part) if f.repr] if is_dataclass(part) else []
     wanted = [f for f in named if f.default != getattr(part, f.name) and f.name not in ("lr", "epochs", "batch_size")]
-    return f"{type(part).__name__}({', '.join(f'{f.name}={getattr(part, f.name)}' for f in wanted)})"
+    return f"{type(part).__name__}({', '.join(f'{f.name}={_brief_value(getattr(part, f.name))}' for f in wanted)})"
+
+
+def _brief_value(value: Any) -> str:
+    if isinstance(value, Mapping):
+        return f"{{{', '.join(f'{k}: {_brief(v)}' for k, v in value.items())}}}"
+    return _brief(value) if is_dataclass(value) else str(value)
 
 
 Name = Annotated[str, typer.Argument(help="Only this one; exit code 1 if it is not here.", show_default="all")]

@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fedprior.core import Params
+from fedprior.posteriors import Predictive
 from fedprior.slim import Cut, slim
 
 PerExample = Callable[[Tensor, Tensor], Tensor]
@@ -34,11 +35,15 @@ class Loss:
         log_lik: log-likelihood of each example in nats, (outputs, targets) -> (n,).
         scores: further quantities whose mean over examples is reported, e.g. accuracy.
         mean: what log_lik(outputs, targets).mean() is, a scalar, where one call of PyTorch's gives it; else None.
+        mix: outputs of k models (k, n, ...), and their weights (k,), with sum 1 -> outputs (n, ...) of the mixture.
+        probabilities: outputs -> probabilities of the classes, in the last dimension, where targets are classes.
     """
 
     log_lik: PerExample
     scores: Mapping[str, PerExample] = field(default_factory=dict)
     mean: PerExample | None = None
+    mix: Callable[[Tensor, Tensor], Tensor] | None = None
+    probabilities: Callable[[Tensor], Tensor] | None = None
 
     def of_batch(self, outputs: Tensor, y: Tensor) -> Tensor:
         """The mean log-likelihood per example, a scalar."""
@@ -74,6 +79,21 @@ def _hits(logits: Tensor, y: Tensor) -> Tensor:
     return (logits.argmax(-1) == y).to(torch.float32).flatten(1 if y.ndim > 1 else 0).reshape(len(y), -1).mean(1)
 
 
+def _mix_classes(logits: Tensor, weights: Tensor) -> Tensor:
+    """Log-probabilities of the mixture: logits like any others."""
+    log_weights = weights.log().view(-1, *[1] * (logits.ndim - 1))
+    return torch.logsumexp(F.log_softmax(logits, -1) + log_weights, 0)
+
+
+def _probabilities(logits: Tensor) -> Tensor:
+    return logits.softmax(-1)
+
+
+def _mix_means(outputs: Tensor, weights: Tensor) -> Tensor:
+    """The mixture's mean."""
+    return torch.tensordot(weights, outputs, 1)
+
+
 def _squared_error(outputs: Tensor, y: Tensor) -> Tensor:
     if outputs.shape != y.shape:
         raise ValueError(
@@ -88,8 +108,8 @@ def _gaussian(outputs: Tensor, y: Tensor) -> Tensor:
 
 
 LOSSES: Mapping[str, Loss] = {
-    "classification": Loss(_categorical, {"accuracy": _hits}, _mean_categorical),
-    "regression": Loss(_gaussian, {"squared_error": _squared_error}),
+    "classification": Loss(_categorical, {"accuracy": _hits}, _mean_categorical, _mix_classes, _probabilities),
+    "regression": Loss(_gaussian, {"squared_error": _squared_error}, mix=_mix_means),
 }
 
 
@@ -105,6 +125,12 @@ def as_loss(loss: str | Loss | PerExample) -> Loss:
             "Write for instance loss=lambda o, y: -F.cross_entropy(o, y, reduction='none')"
         )
     return loss if isinstance(loss, Loss) else Loss(loss)
+
+
+def params_of(model: nn.Module) -> Params:
+    """A copy of a model's parameters and floating-point buffers."""
+    named = [*model.named_parameters(), *model.named_buffers()]
+    return {name: value.detach().clone() for name, value in named if value.is_floating_point()}
 
 
 class Objective:
@@ -138,8 +164,7 @@ class Objective:
 
     def params(self) -> Params:
         """A copy of the model's parameters and floating-point buffers."""
-        named = [*self.model.named_parameters(), *self.model.named_buffers()]
-        return {name: value.detach().clone() for name, value in named if value.is_floating_point()}
+        return params_of(self.model)
 
     def count(self, params: Params) -> int:
         """Entries of the model's parameters in `params`; buffers do not count."""
@@ -184,6 +209,18 @@ class Objective:
         if phi is self._held:
             return self.model(x)
         return torch.func.functional_call(self.model, {**phi, **self._counting}, (x,))
+
+    def predict(self, model: Predictive, x: Tensor) -> Tensor:
+        """Outputs of a mixture: log-probabilities for classes, means for regression; of one model as they are."""
+        outputs = [self.outputs(phi, x) for phi in model.models]
+        if len(outputs) == 1:
+            return outputs[0]
+        if self.loss.mix is None:
+            raise ValueError(
+                f"the loss {self.loss} does not say how the outputs of {len(outputs)} models are mixed: "
+                "write fedprior.Loss(log_lik, mix=...)"
+            )
+        return self.loss.mix(torch.stack(outputs), outputs[0].new_tensor(model.weights))
 
     def log_lik(self, phi: Params, x: Tensor, y: Tensor) -> Tensor:
         """Mean log-likelihood per example of a batch, in nats; an E-step's gradient comes from here."""

@@ -6,7 +6,7 @@ r"""What a budget of bytes affords: a density and a value type.
 number of parameters, encoded as they will be, and linear in between: some bytes (masks, biases, gains) go with the
 units, not with the parameters. The plan is the largest density whose spend is at most 0.95 of the budget, with the
 first value type at which that density is at least 0.02, else with the last one. What the plan cannot know, how well an
-entropy coder does later, the run watches (budget.py).
+entropy coder does later, the run watches (budget.py), with what is `known` of the next round.
 
 No density is below that of one unit of each group with all layers that have no units (selection.least).
 """
@@ -18,13 +18,36 @@ from dataclasses import replace
 from typing import Any, cast
 
 import numpy as np
+from torch import Tensor
 
 from fedprior import posteriors, selection, wire
 from fedprior.algorithm import Algorithm
-from fedprior.core import Eta, Params
+from fedprior.codecs import Dense, Sparse, schema_of
+from fedprior.codecs.entropy import longest_coded
+from fedprior.core import Eta, Params, Schema
+from fedprior.objective import Objective
 from fedprior.rng import generator
 
 _SHARE, _ENOUGH = 0.95, 0.02
+
+
+def prepare(
+    algorithm: Algorithm, objective: Objective, x: Tensor, rounds: int, cohort: int
+) -> tuple[Algorithm, Eta, Schema]:
+    """The algorithm as it runs, its first eta, and the schema of what every client uploads.
+
+    Args:
+        algorithm: as the user wrote it.
+        objective: the model and its loss.
+        x: one input, shape (1, ...).
+        rounds: of the whole run.
+        cohort: clients a round.
+    """
+    algorithm = plan(algorithm.bind(objective.model, x), objective.params(), rounds, cohort)
+    eta, server = algorithm.start(objective.params())
+    first = algorithm.message(eta, algorithm.inference.start(algorithm.prior, eta))
+    algorithm.m_step(eta, algorithm.accept(eta, first), server)  # what it reads and the message lacks shows here
+    return algorithm, eta, schema_of(wire.flat(first))
 
 
 def plan(algorithm: Algorithm, params: Params, rounds: int, cohort: int) -> Algorithm:
@@ -51,6 +74,23 @@ def plan(algorithm: Algorithm, params: Params, rounds: int, cohort: int) -> Algo
         if once > planned.budget.mb * 1e6:
             raise ValueError(_too_small(planned, f"one round of {cohort} clients", "one needs", once))
     return planned
+
+
+def known(algorithm: Algorithm, eta: Eta) -> tuple[int | None, int | None]:
+    """What is known of the next round's payloads: bytes of a client's broadcast, and the most that it can send.
+
+    None where the broadcast is another for each client, and where only the client knows how much it sends.
+    """
+    down = None if algorithm.samples else len(wire.encode_eta(algorithm, eta))
+    codec, full = algorithm.codec, getattr(algorithm.prior, "full", None)
+    if isinstance(codec, Sparse) and full is not None:
+        q = full(eta)
+    elif isinstance(codec, Dense):
+        q = algorithm.inference.start(algorithm.prior, eta)
+    else:
+        return down, None
+    plain = replace(codec, entropy="none").encode(wire.flat(algorithm.message(eta, q)), 1.0)
+    return down, longest_coded(codec.entropy, len(plain))
 
 
 def _affordable(algorithm: Algorithm, params: Params, rounds: int, cohort: int) -> Algorithm:

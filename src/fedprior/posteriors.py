@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -67,3 +68,114 @@ class Gains:
     def mean(self) -> Params:
         """The weights."""
         return self.phi
+
+
+@dataclass(frozen=True)
+class Predictive:
+    r"""What is predicted with: p(y | x) = sum_k weight_k p(y | f(x; phi_k)).
+
+    One entry for a point, equal weights for samples, responsibilities for a mixture; Objective.predict mixes.
+
+    Attributes:
+        weights: (k,), >= 0, with sum 1.
+        models: k Params, all of the same model.
+    """
+
+    weights: tuple[float, ...]
+    models: tuple[Params, ...]
+
+    def __post_init__(self) -> None:
+        if not self.models or len(self.weights) != len(self.models):
+            raise ValueError(f"{len(self.weights)} weights for {len(self.models)} models: give one for each, and one")
+        if not (min(self.weights) >= 0 and abs(sum(self.weights) - 1) < 1e-5):
+            raise ValueError(f"weights must be >= 0 and have sum 1, got {self.weights}; divide them by their sum")
+
+    @classmethod
+    def point(cls, phi: Params) -> Predictive:
+        """One model."""
+        return cls((1.0,), (phi,))
+
+    @classmethod
+    def equal(cls, models: Sequence[Params]) -> Predictive:
+        """Samples of a posterior."""
+        return cls((1 / len(models),) * len(models), tuple(models))
+
+
+@dataclass(frozen=True)
+class Tilted:
+    """A point found with a linear term in the objective, and what that did to the client's own vector.
+
+    Attributes:
+        phi: the weights, shapes as the parameters.
+        tilt: the slope of the linear term <tilt, phi>, per example.
+        step: the change of the client's own vector (a control variate, a multiplier).
+        new: {"clients": 1} for a client that had no vector before, else 0.
+    """
+
+    phi: Params
+    tilt: Params
+    step: Params
+    new: Params
+
+    def mean(self) -> Params:
+        """The weights."""
+        return self.phi
+
+    def second_moment(self) -> Params:
+        """E[phi^2], elementwise."""
+        return tree.map(torch.square, self.phi)
+
+
+@dataclass(frozen=True)
+class Gaussian:
+    """N(phi, 1/precision), entry by entry.
+
+    Attributes:
+        phi: the mean, shapes as the parameters.
+        precision: > 0, shapes as the parameters.
+    """
+
+    phi: Params
+    precision: Params
+
+    def mean(self) -> Params:
+        """E[phi]."""
+        return self.phi
+
+    def second_moment(self) -> Params:
+        """E[phi^2], elementwise."""
+        return tree.map(lambda m, p: m**2 + 1 / p, self.phi, self.precision)
+
+
+@dataclass(frozen=True)
+class Scaled:
+    """A point in the weights, and what is expected of the scale that each came from.
+
+    Attributes:
+        phi: the weights, shapes as the parameters.
+        confidence: E[1/tau^2] given phi, shapes as the parameters.
+    """
+
+    phi: Params
+    confidence: Params
+
+    def mean(self) -> Params:
+        """The weights."""
+        return self.phi
+
+    def second_moment(self) -> Params:
+        """E[phi^2], elementwise."""
+        return tree.map(torch.square, self.phi)
+
+
+@dataclass(frozen=True)
+class Site:
+    """The change of a client's Gaussian factor, in natural parameters.
+
+    Attributes:
+        precision: shapes as the parameters.
+        shift: of precision times mean, shapes as the parameters.
+    """
+
+    precision: Params
+    shift: Params

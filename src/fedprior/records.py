@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-Status = Literal["ok", "dropped", "late", "rejected"]
+Status = Literal["ok", "dropped", "late", "rejected", "failed"]
 
 
 @dataclass(frozen=True)
@@ -19,8 +19,8 @@ class ClientRecord:
 
     Attributes:
         client: its name.
-        status: "ok"; "dropped" (never answered) or "late" (after the deadline), both simulated; "rejected", its
-            payload was refused for `reason`.
+        status: "ok"; "dropped" (never answered) or "late" (after the deadline), simulated or, in a federation, with
+            the `reason`; "rejected", its payload was refused for `reason`; "failed", its E-step raised on its node.
         seconds: of its E-step; `seconds_wire` of encoding, decoding and keeping its state, on both sides.
     """
 
@@ -48,7 +48,7 @@ class Round:
         seconds_wire: of encoding, decoding and personal states, summed over clients and the broadcast.
         layer: with privacy `epsilon` spent so far and `clip`; with either, `within`, the share of clients that nothing
             was cut off; empty without both.
-        kept_eta: why the M-step was not taken and eta stayed as it was; empty if it was taken.
+        kept_eta: why the M-step was not taken and the weights stayed as they were; empty if it was taken.
     """
 
     number: int
@@ -84,8 +84,12 @@ def warning(history: Sequence[Round]) -> str:
     """One line on uploads that were refused and rounds without an update; empty if there were none."""
     told = [c for r in history for c in r.clients]
     rejected = [c for c in told if c.status == "rejected"]
+    failed = [c for c in told if c.status == "failed"]
     stuck = [r for r in history if r.kept_eta]
     parts = []
+    if failed:
+        first = ", ".join(failed[0].reason.splitlines()[-2:])  # the error and where it happened
+        parts.append(f"{len(failed)} of {len(told)} clients failed (the first: {first})")
     if rejected:
         parts.append(f"{len(rejected)} of {len(told)} uploads were refused (the first: {rejected[0].reason})")
     if stuck:

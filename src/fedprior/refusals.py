@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import dis
 import functools
+import os
+import signal
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import typer
+
+from fedprior.engines import RankError, launched, leads
 
 _PACKAGE = Path(__file__).parent
 
@@ -24,10 +28,16 @@ def one_line(command: Callable[..., None]) -> Callable[..., None]:
         except (ValueError, OSError, ModuleNotFoundError) as error:
             if not _is_refusal(error):
                 raise
-            typer.echo(f"fedprior: {_text(error)}", err=True)
+            who = "fedprior" if leads() else f"fedprior, rank {os.environ['RANK']}"
+            typer.echo(f"{who}: {_text(error)}", err=True)
             raise typer.Exit(2) from error
+        except RankError as error:
+            if not leads() and str(error).startswith("rank 0 "):  # else rank 0 has told it, with how to go on
+                typer.echo(f"fedprior, rank {os.environ['RANK']}: {error}", err=True)
+            raise typer.Exit(1) from error
         except KeyboardInterrupt as error:
-            typer.echo("fedprior: stopped", err=True)
+            if leads():
+                typer.echo("fedprior: stopped", err=True)
             raise typer.Exit(130) from error
 
     return wrapped
@@ -35,9 +45,14 @@ def one_line(command: Callable[..., None]) -> Callable[..., None]:
 
 @contextmanager
 def interruptible(how: str) -> Iterator[None]:
-    """Ctrl-C is one line that says how to go on, and exit code 130."""
+    """Ctrl-C is one line that says how to go on, and exit code 130; a rank that failed is another, and exit code 1."""
+    if launched():  # so torchrun ends the ranks that are left
+        signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         yield
+    except RankError as error:
+        typer.echo(f"fedprior: {error}\nto go on, below torchrun or without it: {how}", err=True)
+        raise typer.Exit(1) from error
     except KeyboardInterrupt as error:
         typer.echo(f"fedprior: stopped; to go on: {how}", err=True)
         raise typer.Exit(130) from error

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 
 from torch import Tensor, nn
 
+from fedprior import wire
 from fedprior.algorithm import Algorithm
-from fedprior.core import Eta, Examples, Params, Population
-from fedprior.metrics import evaluate_clients
+from fedprior.core import Client, Eta, Examples, Params, Population
+from fedprior.metrics import Row, before_and_after, evaluate_clients
 from fedprior.objective import Objective
+from fedprior.posteriors import Predictive
 from fedprior.records import Round, warning
+from fedprior.rng import generator
+from fedprior.store import ClientStore, MemoryStore
 
 
 @dataclass(frozen=True, repr=False)
@@ -24,6 +28,8 @@ class Result:
         eta: the prior's parameters after the last round.
         history: one record a round, with one record a client in each.
         inputs: up to 64 real ones, shape (n, ...): an export is tried on them.
+        store: the clients' personal states.
+        device: of eta and of the model.
     """
 
     algorithm: Algorithm
@@ -31,6 +37,8 @@ class Result:
     eta: Eta
     history: list[Round]
     inputs: Tensor
+    store: ClientStore = field(default_factory=MemoryStore)
+    device: str = "cpu"
 
     @property
     def params(self) -> Params:
@@ -96,6 +104,33 @@ class Result:
         """The final model on each of the first `limit` clients: held-out examples, else training examples."""
         chosen = (clients[i] for i in range(min(limit, len(clients))))
         return evaluate_clients(*self._deployed(), chosen)
+
+    def personal(self, client: Client) -> Predictive:
+        """What a client predicts with after it has adapted to its training examples, from its state if it has one."""
+        on_device = replace(client, train=client.train.to(self.device))
+        rng = generator(0, client.index, "personal")
+        return self.algorithm.personal(self.objective, self.eta, on_device, *self._state(client), rng)
+
+    def _state(self, client: Client) -> tuple[Params | None, Params | None]:
+        state = self.store.load(client.index)
+        return wire.part(state, "e_step", self.device), wire.part(state, "kept", self.device)
+
+    def personalised(self, clients: Population, limit: int = 1000) -> list[Row]:
+        """One row for each of the first `limit` clients: its held-out examples before and after it has adapted.
+
+        `before_...` is the model as it arrives (with the client's own parameters, if it has any), `after_...` is
+        `personal(client)`; `seen` is "yes" for a client whose statistics were in the sum of some round. Clients
+        without held-out examples are evaluated on what they train on, and `on` says so. metrics.over_clients sums up.
+        """
+        seen = {c.index for r in self.history for c in r.clients if c.status == "ok"}
+        rows = []
+        for client in (clients[i] for i in range(min(limit, len(clients)))):
+            local = replace(self.algorithm, prior=self.algorithm.seen_by(self._state(client)[1]))
+            row = before_and_after(
+                self.objective, local.deploy(self.eta, self.objective), self.personal(client), client
+            )
+            rows.append(row | {"seen": "yes" if client.index in seen else "no"})
+        return rows
 
     def row(self) -> dict[str, str | float | int]:
         """The numbers of a comparison: one line of results.json."""

@@ -29,11 +29,16 @@ def numpy_generator(seed: int, *names: int | str) -> np.random.Generator:
     return np.random.default_rng(derive(seed, *names))
 
 
+def module_seed(rng: torch.Generator) -> int:
+    """What `seeded_globals` lends to layers that draw: one number of rng's."""
+    return int(torch.randint(2**62, (), generator=rng))
+
+
 @contextmanager
 def seeded_globals(rng: torch.Generator, device: str | torch.device = "cpu") -> Iterator[None]:
     """Layers such as dropout draw from PyTorch's global generator: lend it a seed, then give it back."""
     cuda = [torch.device(device)] if torch.device(device).type == "cuda" else []
-    seed = int(torch.randint(2**62, (), generator=rng))
+    seed = module_seed(rng)
     with torch.random.fork_rng(devices=cuda):
         torch.default_generator.manual_seed(seed)  # torch.manual_seed would reach the GPUs of a CPU run as well
         if cuda:

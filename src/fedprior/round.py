@@ -25,7 +25,8 @@ class Upload:
     """What comes back from a client: a payload, or the reason why there is none.
 
     The personal state (empty: none) does not travel in a real federation; here it is handed to the store. `bytes_down`
-    is the length of the payload that the client was sent; seconds are those of the E-step, and of the wire.
+    is the length of the payload that the client was sent; seconds are those of the E-step, and of the wire; `reason`
+    says what went wrong on the way, if anything did.
     """
 
     index: int
@@ -37,6 +38,21 @@ class Upload:
     state: Params = field(default_factory=dict)
     seconds: float = 0.0
     seconds_wire: float = 0.0
+    reason: str = ""
+
+    def record(self, status: Status, reason: str, seconds_wire: float) -> ClientRecord:
+        """The line in the round's record, after the server's side has taken `seconds_wire` more."""
+        return ClientRecord(
+            self.index,
+            self.client,
+            status,
+            self.examples,
+            self.bytes_down,
+            len(self.payload),
+            self.seconds,
+            reason,
+            self.seconds_wire + seconds_wire,
+        )
 
 
 @dataclass
@@ -48,6 +64,7 @@ class RoundWork:
         down: the payload that every client of the cohort receives; empty if the prior draws an eta for each.
         down_schema: what eta's message looks like.
         up_schema: what a client's message must look like.
+        rounds, cohort: of the whole run, from which a node of a federation makes the same plan (planning.py).
         layer: between uploads and sum (layer.py); None for most algorithms.
         records: filled by `receive`, one a client.
     """
@@ -64,16 +81,18 @@ class RoundWork:
     down_schema: Schema
     up_schema: Schema
     device: str = "cpu"
+    rounds: int = 1
+    cohort: int = 1
     layer: Any = None
     records: list[ClientRecord] = field(default_factory=list)
 
-    def begin(self, setting: Setting, server: Params, indices: Sequence[int]) -> RoundWork:
+    def begin(self, server: Params, indices: Sequence[int]) -> RoundWork:
         """The work with the layer of this round, if the algorithm has one; `indices` are of the cohort."""
-        algorithm = self.algorithm
-        if algorithm.secure is None and algorithm.privacy is None and algorithm.robust is None:
+        if not self.algorithm.layered:
             return self
-        ids = [self.population[i].index for i in indices] if algorithm.secure else []
-        return replace(self, layer=setting.layer(self.number, self._common, server, ids))
+        ids = [self.key(i) for i in indices] if self.algorithm.secure else []
+        setting = Setting(self.algorithm, self.up_schema, self.cohort, self.seed)
+        return replace(self, layer=setting.layer(self.number, self.common, server, ids))
 
     def changes(self) -> tuple[int, bytes, Params, Any]:
         """What differs from round to round, and a copy of an earlier round's work in another process lacks."""
@@ -86,6 +105,14 @@ class RoundWork:
         like = tree.unflatten(self.like, flat) if flat else self.like
         return replace(self, number=number, down=down, like=like, layer=layer, records=[])
 
+    def digest(self) -> int:
+        """Of the round's number and the server's eta: processes that have the same one have the same etas."""
+        return tree.digest(tree.flatten(self.like), self.number)
+
+    def key(self, index: int) -> int:
+        """The client's own index, by which the store knows it, from its position in the population."""
+        return self.population[index].index
+
     def sent(self, index: int) -> Eta:
         """The eta of one client, by its own index, before it is encoded: drawn again whenever it is asked for."""
         return self.algorithm.sample(self.like, generator(self.seed, self.number, index, "downlink"))
@@ -95,7 +122,7 @@ class RoundWork:
         return self.down or wire.encode_eta(self.algorithm, self.sent(index))
 
     @cached_property
-    def _common(self) -> Eta:
+    def common(self) -> Eta:
         """eta as all clients see it: decoded, once per process."""
         return self._received(self.down)
 
@@ -105,7 +132,7 @@ class RoundWork:
         return tree.unflatten(self.like, {k: v.to(self.device) for k, v in message.items()})
 
     def _eta(self, payload: bytes) -> Eta:
-        return self._common if payload is self.down else self._received(payload)
+        return self.common if payload is self.down else self._received(payload)
 
     def client(self, index: int) -> Upload:
         """Receive, train, send."""
@@ -127,18 +154,18 @@ class RoundWork:
             raise ValueError(f"client {client.name!r} has no training examples: leave it out of the population")
         began = time.perf_counter()
         algorithm, eta, state = self.algorithm, self._eta(down), self.store.load(client.index)
-        own, residual = (wire.part(state, name, self.device) for name in ("e_step", "residual"))
+        own, kept, residual = (wire.part(state, name, self.device) for name in ("e_step", "kept", "residual"))
         on_device = Client(client.index, client.name, client.train.to(self.device), client.held_out)
         rng = generator(self.seed, self.number, client.index, "e_step")
         started = time.perf_counter()
-        q, own = algorithm.inference.e_step(self.objective, algorithm.prior, eta, on_device, own, rng)
+        q, own, kept = algorithm.e_step(self.objective, eta, on_device, own, kept, rng)
         seconds = time.perf_counter() - started
         stats, weight = algorithm.message(eta, q), algorithm.weight(client)
         if self.layer is not None and self.layer.seals:
             payload, residual = self.layer.seal(eta, stats, weight, client.index), {}
         else:
             payload, residual = wire.encode(algorithm, eta, stats, weight, residual)
-        state = wire.join({"e_step": own, "residual": residual})
+        state = wire.join({"e_step": own, "kept": kept, "residual": residual})
         wired = time.perf_counter() - began - seconds
         return Upload(client.index, client.name, len(client.train), "ok", len(down), payload, state, seconds, wired)
 
@@ -147,7 +174,7 @@ class RoundWork:
 
         A client's personal state goes on with the server: it is that of the last upload that was accepted.
         """
-        status, reason, stats, began = upload.status, "", None, time.perf_counter()
+        status, reason, stats, began = upload.status, upload.reason, None, time.perf_counter()
         if status == "ok":
             try:
                 stats = self._decode(upload)
@@ -155,19 +182,7 @@ class RoundWork:
                 status, reason = "rejected", str(PayloadError(error.reason, upload.client))
         if stats is not None and upload.state:
             self.store.save(upload.index, self.number, upload.state)
-        self.records.append(
-            ClientRecord(
-                upload.index,
-                upload.client,
-                status,
-                upload.examples,
-                upload.bytes_down,
-                len(upload.payload),
-                upload.seconds,
-                reason,
-                upload.seconds_wire + time.perf_counter() - began,
-            )
-        )
+        self.records.append(upload.record(status, reason, time.perf_counter() - began))
         return stats
 
     def _decode(self, upload: Upload) -> Stats:
@@ -186,4 +201,4 @@ class RoundWork:
         """What the server's step goes by."""
         if self.layer is None:
             return Finished(total, "" if total else "no client's statistics arrived", tuple(self.records))
-        return self.layer.finish(self._common, total, self.records)
+        return self.layer.finish(self.common, total, self.records)

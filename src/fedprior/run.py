@@ -16,13 +16,14 @@ from fedprior.algorithm import Algorithm
 from fedprior.codecs import schema_of
 from fedprior.cohort import Availability, sample
 from fedprior.core import Client, Engine, Eta, Examples, Params, Population, Schema
-from fedprior.engines import Auto
+from fedprior.engines import TorchRun, usual
 from fedprior.layer import Finished, Setting
 from fedprior.metrics import evaluate
 from fedprior.objective import Loss, Objective, PerExample
 from fedprior.progress import Progress
 from fedprior.records import RecordFile, Round
 from fedprior.result import Result, some_inputs
+from fedprior.rng import generator
 from fedprior.round import RoundWork
 from fedprior.store import ClientStore, DiskStore, MemoryStore
 
@@ -58,7 +59,9 @@ def run(
         test: examples for the central evaluation.
         seed: all randomness of the run derives from it.
         loss: "classification", "regression", a Loss, or (outputs, targets) -> log-likelihood of each example.
-        engine: how clients are run; Auto() if None, which chooses between the loop and worker processes.
+        engine: how clients are run; if None, Auto() chooses between the loop and worker processes, and below torchrun
+            TorchRun() does this process's share: every rank returns the result, and rank 0 writes, shows the progress
+            and calls on_round.
         availability: simulated drop-outs and deadline; everybody answers if None.
         device: of parameters and training, e.g. "cuda".
         out: folder for records.jsonl, checkpoints and personal states; nothing is written if None.
@@ -79,23 +82,25 @@ def run(
     counts = {"rounds": rounds, "checkpoint_every": checkpoint_every, "evaluate_every": evaluate_every}
     checks.check_sizes(clients, seed, cohort, counts)
     checks.check_clients(clients)
+    engine = engine or usual()
+    device = engine.place(device) if isinstance(engine, TorchRun) else device
     checks.check_device(device)
     objective = Objective(model, loss, device)
     checks.check_fit(objective, clients, test, device)
-    loop = _Loop.build(algorithm, objective, clients, engine or Auto(), availability, seed, rounds, cohort, device)
-    folder = None if out is None else Path(out)
-    state = _begin(folder, loop, resume, rounds)
+    loop = _Loop.build(algorithm, objective, clients, engine, availability, seed, rounds, cohort, device)
+    leads = not isinstance(engine, TorchRun) or engine.leads
+    folder = None if out is None or not leads else Path(out)
+    progress, on_round = (progress, on_round) if leads else (False, None)
     with ExitStack() as stack:
-        stack.callback(getattr(loop.engine, "close", lambda: None))
-        file = None if folder is None else RecordFile(folder / RECORDS, state.number)
+        stack.callback(getattr(engine, "close", lambda: None))
+        state, file, history = loop.begin(out, resume, counts, test)
         if file is not None:
             stack.callback(file.close)
-        history = list(file.rounds) if file is not None else []
         bar = stack.enter_context(Progress(algorithm.name, rounds, progress, history))
-        last = state.number == rounds or loop.spent(history)
+        last = state.number == rounds or loop.spent(history, state)
         while not last:
             state, record = loop.round(state)
-            last = state.number == rounds or loop.spent([*history, record])
+            last = state.number == rounds or loop.spent([*history, record], state)
             if test is not None and (last or state.number % evaluate_every == 0):
                 record = loop.evaluated(record, state, test)
             history.append(record)
@@ -109,20 +114,23 @@ def run(
             bar.update(record)
             if on_round is not None:
                 on_round(record)
-    return Result(loop.algorithm, loop.objective, state.eta, history, some_inputs(clients, test))
+    return Result(loop.algorithm, loop.objective, state.eta, history, some_inputs(clients, test), state.store, device)
 
 
-RECORDS = "records.jsonl"
+RECORDS, STATES = "records.jsonl", "clients"
 
 
-def _begin(folder: Path | None, loop: _Loop, resume: bool, rounds: int) -> _State:
-    """The first state, or the one that a folder's run has come to."""
-    if resume and folder is None:
-        raise ValueError("resume=True needs out=, the folder of the run to go on with")
-    state = loop.first() if folder is None else _open(folder, loop, resume)
+def _begin(out: str | Path | None, loop: _Loop, resume: bool, rounds: int) -> _Begun:
+    """The first state, or the one that a folder's run has come to, with its records."""
+    if out is None:
+        if resume:
+            raise ValueError("resume=True needs out=, the folder of the run to go on with")
+        return loop.first(), None, []
+    state = _open(Path(out), loop, resume)
     if state.number > rounds:
-        raise ValueError(f"{folder} has run {state.number} rounds already, and rounds={rounds} asks for fewer")
-    return state
+        raise ValueError(f"{out} has run {state.number} rounds already, and rounds={rounds} asks for fewer")
+    file = RecordFile(Path(out) / RECORDS, state.number)
+    return state, file, list(file.rounds)
 
 
 @dataclass(frozen=True)
@@ -131,6 +139,9 @@ class _State:
     eta: Eta
     server: Params
     store: ClientStore
+
+
+_Begun = tuple[_State, RecordFile | None, list[Round]]
 
 
 @dataclass(frozen=True)
@@ -143,6 +154,7 @@ class _Loop:
     engine: Engine
     availability: Availability
     seed: int
+    rounds: int
     cohort: int
     device: str
     up_schema: Schema
@@ -165,34 +177,43 @@ class _Loop:
         setting = {"algorithm": str(algorithm), "seed": seed, "cohort": cohort, "population": len(clients)}
         setting |= {"availability": asdict(availability), "parameters": _shapes(objective.params())}
         setting |= {"data": checks.identity(clients), "loss": str(objective.loss)}
-        algorithm = algorithm.bind(objective.model, clients[0].train.x[:1].to(device))
-        algorithm = planning.plan(algorithm, objective.params(), rounds, cohort)
-        algorithm = layer.plan(algorithm, objective, rounds, cohort, len(clients))
+        x = clients[0].train.x[:1].to(device)
+        algorithm, eta, up_schema = planning.prepare(algorithm, objective, x, rounds, cohort)
+        algorithm = layer.plan(
+            Setting(algorithm, up_schema, cohort, seed), eta, objective, engine, rounds, len(clients)
+        )
         setting |= {"privacy": str(algorithm.privacy)} if algorithm.privacy else {}
-        eta, server = algorithm.start(objective.params())
-        first = algorithm.message(eta, algorithm.inference.start(algorithm.prior, eta))
-        algorithm.m_step(eta, algorithm.accept(eta, first), server)  # what it reads and the message lacks shows here
-        up_schema = schema_of(wire.flat(first))
-        Setting(algorithm, up_schema, cohort, seed).check(eta)
         return cls(
-            algorithm,
-            objective,
-            clients,
-            engine,
-            availability,
-            seed,
-            cohort,
-            device,
-            up_schema,
-            setting,
+            algorithm, objective, clients, engine, availability, seed, rounds, cohort, device, up_schema, setting
         )
 
-    def spent(self, history: Sequence[Round]) -> bool:
+    def spent(self, history: Sequence[Round], state: _State) -> bool:
         """Might one more round exceed the budget of bytes, or that of privacy?"""
-        budget, privacy = self.algorithm.budget, self.algorithm.privacy
-        if privacy is not None and privacy.spent(len(history)):
+        if self.algorithm.privacy is not None and self.algorithm.privacy.spent(state.number):
             return True
-        return budget is not None and budget.spent(history, self.cohort)
+        budget = self.algorithm.budget
+        return budget is not None and budget.spent(history, self.cohort, *planning.known(self.algorithm, state.eta))
+
+    def begin(self, out: str | Path | None, resume: bool, counts: dict[str, int], test: Examples | None) -> _Begun:
+        """`_begin`; below torchrun on rank 0, and the others are told what it came to, and have no file."""
+        if not isinstance(self.engine, TorchRun):
+            return _begin(out, self, resume, counts["rounds"])
+        begun: list[_Begun] = []
+
+        def start() -> tuple[checkpoint.Checkpoint, list[Round]]:
+            begun.append(_begin(out, self, resume, counts["rounds"]))
+            state, _, history = begun[0]
+            return checkpoint.Checkpoint(state.number, tree.flatten(state.eta), state.server, {}), history
+
+        more = {"initial model": tree.digest(self.objective.model.state_dict()), "test": checks.test_identity(test)}
+        saved, history = self.engine.begin({**self.setting, **counts, **more}, start)
+        return begun[0] if begun else (self.at(saved, MemoryStore()), None, history)
+
+    def at(self, saved: checkpoint.Checkpoint, store: ClientStore) -> _State:
+        """The state that was saved."""
+        like, _ = self.algorithm.start(self.objective.params())
+        eta, server = ({k: v.to(self.device) for k, v in part.items()} for part in (saved.eta, saved.server))
+        return _State(saved.number, tree.unflatten(like, eta), server, store)
 
     def first(self, store: ClientStore | None = None) -> _State:
         """The state before round one."""
@@ -217,10 +238,11 @@ class _Loop:
             down_schema=schema_of(tree.flatten(state.eta)),
             up_schema=self.up_schema,
             device=self.device,
+            rounds=self.rounds,
+            cohort=self.cohort,
         )
-        privacy, population = self.algorithm.privacy, len(self.clients)
-        indices = sample(self.seed, number, population, self.cohort, bool(privacy) and privacy.sampling == "poisson")
-        work = work.begin(Setting(self.algorithm, self.up_schema, self.cohort, self.seed), state.server, indices)
+        indices = sample(self.seed, number, len(self.clients), self.cohort, self.algorithm.poisson)
+        work = work.begin(state.server, indices)
         done = work.finish(self.engine.map_sum(work, indices))
         eta, server, kept = self._m_step(state, done)
         seconds = time.perf_counter() - started
@@ -243,16 +265,18 @@ class _Loop:
     def evaluated(self, record: Round, state: _State, test: Examples) -> Round:
         """The record with metrics of the model after the round."""
         started = time.perf_counter()
-        metrics = evaluate(*self.algorithm.deploy(state.eta, self.objective), test).means()
+        apart = self.engine.evaluate if isinstance(self.engine, TorchRun) else evaluate
+        rng = generator(self.seed, state.number, "predictive")
+        metrics = apart(*self.algorithm.predictive(state.eta, self.objective, rng), test).means()
         return replace(record, metrics=metrics, seconds_evaluate=time.perf_counter() - started)
 
     def _m_step(self, state: _State, done: Finished) -> tuple[Eta, Params, str]:
-        """The new eta and server state; the old ones, and why, if there is nothing to go by."""
+        """The new eta and server state; the old weights and state, and why, if there is nothing to go by."""
         if done.total is None:
-            return state.eta, state.server, done.why
+            return self.algorithm.idle(state.eta), state.server, done.why
         eta, server = self.algorithm.m_step(state.eta, done.total, state.server, self.objective.buffers)
         if not all(bool(value.isfinite().all()) for value in [*tree.flatten(eta).values(), *server.values()]):
-            return state.eta, state.server, "the M-step of the summed statistics is not finite"
+            return self.algorithm.idle(state.eta), state.server, "the M-step of the summed statistics is not finite"
         return eta, server, ""
 
 
@@ -267,20 +291,17 @@ def _open(folder: Path, loop: _Loop, resume: bool) -> _State:
     if not resume:
         if saved is not None or (folder / RECORDS).exists():
             raise FileExistsError(f"{folder} holds a run already: pass resume=True to go on, or another folder")
-        return loop.first(DiskStore(folder / "clients"))
-    for left_by_a_crash in (*folder.glob(".*.tmp"), *folder.glob("clients/.*.tmp")):
+        return loop.first(DiskStore(folder / STATES))
+    for left_by_a_crash in (*folder.glob(".*.tmp"), *folder.glob(f"{STATES}/.*.tmp")):
         left_by_a_crash.unlink()
-    store = DiskStore(folder / "clients")
+    store = DiskStore(folder / STATES)
     store.rollback(0 if saved is None else saved.number)
     if saved is None:
         return loop.first(store)
     for key, value in loop.setting.items():
         if saved.setting.get(key) != value:
             raise ValueError(f"cannot resume {folder}: its {key} was {saved.setting.get(key)!r} and is now {value!r}")
-    like, _ = loop.algorithm.start(loop.objective.params())
-    on_device = {k: v.to(loop.device) for k, v in saved.eta.items()}
-    server = {k: v.to(loop.device) for k, v in saved.server.items()}
-    return _State(saved.number, tree.unflatten(like, on_device), server, store)
+    return loop.at(saved, store)
 
 
 def _checkpoint(folder: Path, loop: _Loop, state: _State) -> None:

@@ -20,6 +20,10 @@ from fedprior.records import write_atomically
 class ClientStore(Protocol):
     """Where states live. An engine never keeps one."""
 
+    def holds_any(self) -> bool:
+        """Is there a state of any client?"""
+        ...
+
     def load(self, index: int) -> Params | None:
         """The newest state of a client."""
         ...
@@ -42,6 +46,10 @@ class MemoryStore:
 
     def __init__(self) -> None:
         self._states: dict[int, list[tuple[int, Params]]] = {}
+
+    def holds_any(self) -> bool:
+        """Is there a state of any client?"""
+        return any(self._states.values())
 
     def load(self, index: int) -> Params | None:
         """The newest state."""
@@ -79,6 +87,10 @@ class DiskStore:
 
     def _path(self, index: int, number: int) -> Path:
         return self._folder / f"client-{index}.round-{number}.safetensors"
+
+    def holds_any(self) -> bool:
+        """Is there a state of any client?"""
+        return any(self._versions.values())
 
     def load(self, index: int) -> Params | None:
         """The newest state."""

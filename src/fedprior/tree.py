@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from typing import Any
+from zlib import crc32
 
 import torch
 from torch import Tensor
@@ -32,6 +33,13 @@ def dot(a: Mapping[str, Tensor], b: Mapping[str, Tensor]) -> Tensor:
 def size(params: Mapping[str, Tensor]) -> int:
     """The number of entries."""
     return sum(value.numel() for value in params.values())
+
+
+def digest(params: Mapping[str, Tensor], start: int = 0) -> int:
+    """A checksum of all bits (CRC-32)."""
+    for value in params.values():
+        start = crc32(value.detach().cpu().flatten().view(torch.uint8).numpy().data, start)
+    return start
 
 
 def flatten(eta: Any) -> Params:

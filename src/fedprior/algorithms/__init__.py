@@ -6,23 +6,57 @@ from collections.abc import Callable, Mapping
 
 from fedprior.algorithm import Algorithm
 from fedprior.algorithms.averaging import fedadagrad, fedadam, fedavg, fedavgm, fedprox, fedyogi
+from fedprior.algorithms.bayesian import (
+    feddyn,
+    fedep,
+    fedhb,
+    fedpa,
+    fedsep,
+    fola,
+    horseshoe,
+    laplace,
+    learnedscale,
+    pvi,
+    scaffold,
+)
+from fedprior.algorithms.personal import ditto, fedbn, fedper, fedrep, local, pfedme
 from fedprior.algorithms.smaller import feddropout, fedsparse, grouplasso, topk
 
+_AVERAGING = (fedavg, fedprox, fedavgm, fedadagrad, fedadam, fedyogi)
+_SMALLER = (fedsparse, feddropout, grouplasso, topk)
+_BAYESIAN = (scaffold, feddyn, fola, fedhb, learnedscale, laplace, horseshoe, fedpa, pvi, fedep, fedsep)
+_PERSONAL = (local, fedper, fedrep, fedbn, pfedme, ditto)
 ALGORITHMS: Mapping[str, Callable[..., Algorithm]] = {
-    f.__name__: f
-    for f in (fedavg, fedprox, fedavgm, fedadagrad, fedadam, fedyogi, fedsparse, feddropout, grouplasso, topk)
+    f.__name__: f for f in _AVERAGING + _SMALLER + _PERSONAL + _BAYESIAN
 }
 
 __all__ = [
     "ALGORITHMS",
+    "ditto",
     "fedadagrad",
     "fedadam",
     "fedavg",
     "fedavgm",
+    "fedbn",
     "feddropout",
+    "feddyn",
+    "fedep",
+    "fedhb",
+    "fedpa",
+    "fedper",
     "fedprox",
+    "fedrep",
+    "fedsep",
     "fedsparse",
     "fedyogi",
+    "fola",
     "grouplasso",
+    "horseshoe",
+    "laplace",
+    "learnedscale",
+    "local",
+    "pfedme",
+    "pvi",
+    "scaffold",
     "topk",
 ]

@@ -18,31 +18,34 @@ def fedsparse(
     weighting: Weighting = "examples",
     value_type: ValueType | None = None,
     entropy: Entropy = "zlib",
-    momentum: float = 0.5,
-    activations: float = 0.1,
-    gate_lr: float = 0.05,
+    momentum: float | None = None,
+    activations: float | None = None,
+    gate_lr: float | None = None,
     precision: float = 0.0,
 ) -> Algorithm:
     """Louizos et al. 2021, arXiv:2111.10192: a spike-and-slab prior with a gate per unit, hence a smaller model.
 
     At most one of the three: `density`, which fraction of the parameters is left (0.05 if none is given);
     `budget_mb`, 10^6 bytes in both directions for all rounds, from which density and value type follow; `lambda_0`,
-    the price of a parameter in nats, with gates that each client samples and learns by Adam with rate `gate_lr`.
-    `momentum` is the server's, and `activations` what a share of them costs when a share of the parameters costs 1
-    (priors.SharedGates): 0.5 gives a faster model than 0.1. Neither is used with `lambda_0`.
+    the price of a parameter in nats, with gates that each client samples and learns by Adam with rate `gate_lr` (0.05).
+    `momentum` is the server's (0.5), and `activations` what a share of them costs when a share of the parameters costs
+    1 (0.1; priors.SharedGates): 0.5 gives a faster model. These two are not for `lambda_0`, and `gate_lr` is for it.
     """
     if sum(wish is not None for wish in (density, budget_mb, lambda_0)) > 1:
         raise ValueError(
             "density, budget_mb and lambda_0 each decide how small the model gets: give one of them, "
             f"got {density}, {budget_mb} and {lambda_0}"
         )
+    _check_used(lambda_0, momentum, activations, gate_lr)
     value_types = (value_type,) if value_type else ("float32",) if budget_mb is None else ("int8", "int4")
     both = wire.chain(Sparse(entropy="none" if value_types[0] == "float32" else entropy), value_types[0])
     if lambda_0 is not None:
-        slab, gated = priors.SpikeSlab(lambda_0, precision), inference.Gated(lr, epochs, batch_size, gate_lr)
+        gated = inference.Gated(lr, epochs, batch_size, 0.05 if gate_lr is None else gate_lr)
+        slab = priors.SpikeSlab(lambda_0, precision)
         return Algorithm(slab, gated, weighting=weighting, name="fedsparse", **both)
     if density is None and budget_mb is None:
         density = 0.05
+    momentum, activations = 0.5 if momentum is None else momentum, 0.1 if activations is None else activations
     return Algorithm(
         priors.SharedGates(density, precision=precision, activations=activations),
         inference.Gains(lr, epochs, batch_size),
@@ -52,6 +55,22 @@ def fedsparse(
         name="fedsparse",
         **both,
     )
+
+
+def _check_used(
+    lambda_0: float | None, momentum: float | None, activations: float | None, gate_lr: float | None
+) -> None:
+    """A ValueError for an argument that would change nothing."""
+    if lambda_0 is None and gate_lr is not None:
+        raise ValueError(
+            f"gate_lr={gate_lr} is for gates that clients learn: write lambda_0=... as well, or leave it out"
+        )
+    for name, value in {"momentum": momentum, "activations": activations}.items():
+        if lambda_0 is not None and value is not None:
+            raise ValueError(
+                f"{name}={value} is not used with lambda_0, whose gates the clients learn: leave it out, or write "
+                "density=... or budget_mb=... instead of lambda_0"
+            )
 
 
 def feddropout(

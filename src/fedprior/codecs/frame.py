@@ -20,6 +20,7 @@ import math
 import struct
 import zlib
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Literal, get_args
 
 import numpy as np
@@ -46,7 +47,12 @@ def schema_of(message: Params) -> Schema:
 
 def schema_hash(schema: Schema) -> bytes:
     """8 bytes that differ, with certainty for all practical purposes, when the schemas do."""
-    text = "\n".join(f"{name}\0{shape}\0{dtype}" for name, (shape, dtype) in schema.items())
+    return _digest(tuple(schema.items()))
+
+
+@lru_cache(maxsize=256)
+def _digest(items: tuple[tuple[str, tuple[tuple[int, ...], torch.dtype]], ...]) -> bytes:
+    text = "\n".join(f"{name}\0{shape}\0{dtype}" for name, (shape, dtype) in items)
     return hashlib.blake2b(text.encode(), digest_size=8).digest()
 
 
@@ -73,7 +79,7 @@ class Frame:
     def _code(self) -> int:
         return VALUE_TYPES[self.value_type] | entropy.ENTROPIES[self.entropy] << 8
 
-    def pack(self, schema: Schema, clients: float, body: bytes) -> bytes:
+    def pack(self, schema: Schema, clients: float, body: bytes | memoryview) -> bytes:
         """Header and body."""
         body = entropy.shrink(self.entropy, body)
         fields = _FIELDS.pack(MAGIC, VERSION, self.codec, self._code, schema_hash(schema), clients, len(body))

@@ -7,14 +7,14 @@ matrix in CSR form): 8 bytes an example and 8 a client, and no Python object for
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from operator import index as as_int
 
 import torch
 from torch import Tensor
 
-from fedprior.core import Client, Examples
+from fedprior.core import Client, Examples, Gathered
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -44,6 +44,16 @@ class Partition:
         train = len(mine) - self._held(len(mine))
         held_out = self.examples.take(mine[train:]) if train < len(mine) else None
         return Client(i, self.name(i), self.examples.take(mine[:train]), held_out)
+
+    def gather(self, indices: Sequence[int]) -> Gathered:
+        """The training examples of several clients, in one copy."""
+        own = [_checked(i, len(self)) for i in indices]
+        bounds = self.offsets[torch.tensor([own, [i + 1 for i in own]])].tolist()
+        ends = [end - self._held(end - start) for start, end in zip(*bounds, strict=True)]
+        where = torch.cat([self.index[start:end] for start, end in zip(bounds[0], ends, strict=True)])
+        sizes = [end - start for start, end in zip(bounds[0], ends, strict=True)]
+        x, y = self.examples.x.index_select(0, where), self.examples.y.index_select(0, where)
+        return Gathered(own, [self.name(i) for i in own], sizes, Examples(x, y))
 
     def __iter__(self) -> Iterator[Client]:
         return (self[i] for i in range(len(self)))

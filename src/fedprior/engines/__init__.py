@@ -1,7 +1,52 @@
 """Engines: how a round's clients are run."""
 
+from collections.abc import Callable, Mapping
+
+from fedprior.core import Engine
 from fedprior.engines.auto import Auto
+from fedprior.engines.ranks import RankError, launched, leads
 from fedprior.engines.sequential import Sequential
+from fedprior.engines.torchrun import TorchRun
 from fedprior.engines.workers import WorkerError, Workers
 
-__all__ = ["Auto", "Sequential", "WorkerError", "Workers"]
+__all__ = [
+    "ENGINES",
+    "Auto",
+    "RankError",
+    "Sequential",
+    "TorchRun",
+    "WorkerError",
+    "Workers",
+    "leads",
+    "named",
+    "usual",
+]
+
+ENGINES: Mapping[str, Callable[[], Engine]] = {
+    "auto": lambda: usual(),
+    "sequential": Sequential,
+    "workers": Workers,
+    "torchrun": TorchRun,
+}
+"""By the names that the command line and [run] have for them."""
+
+
+def usual() -> Engine:
+    """What runs if nothing is said: a rank below torchrun, else Auto."""
+    return TorchRun() if launched() else Auto()
+
+
+def named(name: str, threads: int | None, timeout_seconds: float) -> Engine:
+    """An engine of ENGINES.
+
+    Args:
+        name: its name.
+        threads: PyTorch's, for "sequential".
+        timeout_seconds: how long ranks wait for each other, for "torchrun".
+    """
+    if launched() and name not in ("auto", "torchrun"):
+        raise ValueError(f'torchrun has started {name!r} more than once: take the engine "auto", or leave out torchrun')
+    engine = ENGINES[name]()
+    if isinstance(engine, Sequential):
+        return Sequential(threads)
+    return TorchRun(timeout_seconds) if isinstance(engine, TorchRun) else engine

@@ -2,8 +2,8 @@
 
 Both do a client with one thread and the same operations, so that the choice, which rests on times, changes no bit of
 the result. The first two clients run in the loop, and the second one is timed; processes are forked if a round would
-keep the loop busy for longer than `WORTH` seconds. On a GPU, on one core and for a cohort of one client there is only
-the loop, with PyTorch's threads as they are.
+keep the loop busy for longer than `WORTH` seconds, or, later on, has done so. On a GPU, on one core and for a cohort
+of one client there is only the loop, with PyTorch's threads as they are.
 """
 
 from __future__ import annotations
@@ -30,33 +30,57 @@ class Auto:
 
     choice: str = ""
     _workers: Workers = field(default_factory=Workers, repr=False)
+    _store: Any = field(default=None, repr=False)  # of the run for which the choice was made
 
     def map_sum(self, work: Work, indices: Sequence[int]) -> Stats | None:
         """The sum of the clients' statistics in the order of `indices`."""
         return summed(work, self._uploads(work, indices))
 
     def _uploads(self, work: Work, indices: Sequence[int]) -> Iterator[Any]:
+        if self._store is not work.store:
+            self.choice, self._store = "", work.store
         if self.choice.startswith("workers"):
             return self._workers.uploads(work, indices)
         if self.choice:
-            return Sequential(threads=1).uploads(work, indices)
+            return self._watched(work, indices)
         if len(indices) < 2 or cores() < 2 or not Workers.usable(getattr(work, "device", "cpu")):
             return Sequential().uploads(work, indices)
         return self._calibrate(work, indices)
 
     def _calibrate(self, work: Work, indices: Sequence[int]) -> Iterator[Any]:
-        """Two clients in the loop, of which the second is timed: the first one warms up. Then the rest."""
-        loop = Sequential(threads=1)
-        yield from loop.uploads(work, indices[:1])
-        started = time.perf_counter()
-        second = next(loop.uploads(work, indices[1:2]))
-        each = time.perf_counter() - started
-        yield second
-        workers = each * len(indices) > WORTH
-        with_them = f"workers, {cores()} processes" if workers else "loop"
-        self.choice = f"{with_them}: a client takes {1000 * each:.1f} ms in the loop"
-        yield from (self._workers if workers else loop).uploads(work, indices[2:])
+        """Two clients in the loop, of which the second is timed: the first one warms up. Then the rest.
+
+        Clients that drop out take no time, and tell nothing.
+        """
+        loop, warm = Sequential(threads=1), False
+        for done, index in enumerate(indices, start=1):
+            started = time.perf_counter()
+            upload = next(loop.uploads(work, [index]))
+            each = time.perf_counter() - started
+            yield upload
+            if warm and upload.seconds:
+                self._choose(each, len(indices))
+                rest = indices[done:]
+                workers = self.choice.startswith("workers")
+                yield from self._workers.uploads(work, rest) if workers else self._watched(work, rest)
+                return
+            warm = warm or upload.seconds > 0
+
+    def _watched(self, work: Work, indices: Sequence[int]) -> Iterator[Any]:
+        """The loop, as long as rounds are short: the client that was timed may have been a small one."""
+        busy = 0.0
+        for upload in Sequential(threads=1).uploads(work, indices):
+            busy += upload.seconds + upload.seconds_wire
+            yield upload
+        if busy > WORTH:
+            self._choose(busy / len(indices), len(indices))
+
+    def _choose(self, each: float, clients: int) -> None:
+        workers = each * clients > WORTH
+        name = f"workers, {cores()} processes" if workers else "loop"
+        self.choice = f"{name}: a client takes {1000 * each:.1f} ms in the loop"
 
     def close(self) -> None:
-        """End the processes."""
+        """End the processes; the next run is measured anew."""
         self._workers.close()
+        self._store = None

@@ -19,7 +19,7 @@ import signal
 import sys
 import traceback
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection, wait
@@ -57,6 +57,7 @@ class Workers:
     count: int | None = None
     costs: Costs = field(default_factory=Costs, repr=False)
     _pool: list[_Worker] = field(default_factory=list, repr=False)
+    _store: Any = field(default=None, repr=False)  # whose run was forked: each has a store of its own
 
     def __post_init__(self) -> None:
         if self.count is not None and self.count < 1:
@@ -64,9 +65,13 @@ class Workers:
 
     @staticmethod
     def usable(device: str = "cpu") -> bool:
-        """Can this process be forked? Not on every system, not below a daemon, not with a GPU in use."""
+        """Can this process be forked? Not on every system, not below a daemon, not where PyTorch sees a GPU.
+
+        With a GPU in sight, autograd starts threads at the first backward pass, also on the CPU, and refuses to work in
+        a fork from then on.
+        """
         forks = "fork" in multiprocessing.get_all_start_methods() and sys.platform != "darwin"
-        gpu = torch.device(device).type != "cpu" or torch.cuda.is_initialized()
+        gpu = torch.device(device).type != "cpu" or torch.cuda.device_count() > 0
         return forks and not gpu and not multiprocessing.current_process().daemon
 
     def map_sum(self, work: Work, indices: Sequence[int]) -> Stats | None:
@@ -76,16 +81,18 @@ class Workers:
     def uploads(self, work: Work, indices: Sequence[int]) -> Iterator[Any]:
         """What the clients send, in the order of `indices`."""
         self._begin(work)
-        done = False
+        done, pool = False, self._pool
         try:
             yield from self._uploads(work, indices)
             done = True
         finally:
-            if not done:
+            if not done and self._pool is pool:  # which may have ended long before this generator is cleared away
                 self.close()  # answers that nobody waits for any more may be in the pipes
 
     def _begin(self, work: Work) -> None:
-        """Fork in the first round, tell what has changed in the later ones."""
+        """Fork in the first round of a run, tell what has changed in the later ones."""
+        if self._pool and self._store is not work.store:
+            self.close()
         if self._pool:
             changes = pickle.dumps(work.changes(), protocol=5)
             for worker in self._pool:
@@ -93,6 +100,7 @@ class Workers:
             return
         if not self.usable():
             raise RuntimeError("worker processes cannot be forked here: use fedprior.engines.Sequential()")
+        self._store = work.store
         for _ in range(self.count or cores()):
             self._pool.append(_Worker.fork(work, [w.pipe for w in self._pool]))
 
@@ -122,7 +130,7 @@ class Workers:
             worker = busy[pipe]  # pyright: ignore[reportArgumentType]
             kind, value = worker.hear()
             if kind == "load":
-                worker.tell(pickle.dumps(work.store.load(value), protocol=5))
+                worker.tell(_answer("state", work.store.load, value))
             elif kind == "error":
                 raise _unpickled(value)
             else:
@@ -136,7 +144,7 @@ class Workers:
         """End the processes; the next round would fork new ones."""
         for worker in self._pool:
             worker.end()
-        self._pool.clear()
+        self._pool, self._store = [], None
 
 
 @dataclass
@@ -212,7 +220,10 @@ class _Asking:
 
     def load(self, index: int) -> Params | None:
         self.pipe.send_bytes(pickle.dumps(("load", index)))
-        return pickle.loads(self.pipe.recv_bytes())
+        kind, value = pickle.loads(self.pipe.recv_bytes())
+        if kind == "error":
+            raise _unpickled(value)
+        return value
 
 
 def _serve(work: Any, pipe: Connection, not_mine: Sequence[Connection], parent: int) -> None:
@@ -227,14 +238,15 @@ def _serve(work: Any, pipe: Connection, not_mine: Sequence[Connection], parent: 
         while True:
             order = pickle.loads(pipe.recv_bytes())
             if isinstance(order, int):
-                pipe.send_bytes(_answer(work, order))
+                pipe.send_bytes(_answer("upload", work.client, order))
             else:
                 work = work.changed(order)
 
 
-def _answer(work: Work, index: int) -> bytes:
+def _answer(kind: str, function: Callable[[int], Any], index: int) -> bytes:
+    """What the function gives, or its exception, for the process at the other end."""
     try:
-        return pickle.dumps(("upload", work.client(index)), protocol=5)
+        return pickle.dumps((kind, function(index)), protocol=5)
     except Exception as error:
         return _pickled(error)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -62,32 +62,36 @@ def ascend(
     after_step: Callable[[], None] = lambda: None,
     smallest: int = 1,
     before_step: Callable[[], None] = lambda: None,
+    steps: int = 1,
 ) -> None:
-    """Maximise `bound(x, y)`, in nats per example, over what the optimisers hold.
+    """Maximise `bound(x, y)`, in nats per example, over what the optimisers hold: `steps` steps a mini-batch.
 
-    `before_step` sees the gradients (of minus the bound) and the values they belong to.
+    `before_step` sees the gradients (of minus the bound) and the values they belong to; `after_step` is called when a
+    mini-batch is done.
     """
     with seeded_globals(rng, data.x.device):
         for batch in batches(data, epochs, size, rng, smallest):
-            for optimizer in optimizers:
-                optimizer.zero_grad()
-            (-bound(batch.x, batch.y)).backward()
-            before_step()
-            for optimizer in optimizers:
-                optimizer.step()
+            for _ in range(steps):
+                for optimizer in optimizers:
+                    optimizer.zero_grad()
+                (-bound(batch.x, batch.y)).backward()
+                before_step()
+                for optimizer in optimizers:
+                    optimizer.step()
             after_step()
 
 
-def leaves(objective: Objective, params: Params) -> tuple[Params, list[Tensor]]:
-    """A working copy of the parameters, and those of its tensors that are trained.
+def leaves(objective: Objective, params: Params, names: Collection[str] | None = None) -> tuple[Params, list[Tensor]]:
+    """A working copy of the parameters, and those of its tensors that are trained: of `names`, or all.
 
     Convolutions are a third faster on a CPU with filters whose channels are last in memory.
     """
     layout = {k: torch.channels_last if v.ndim == 4 else torch.preserve_format for k, v in params.items()}
     phi = {k: v.detach().clone(memory_format=layout[k]) for k, v in params.items()}
-    for k in objective.trainable:
-        phi[k].requires_grad_()
-    return phi, [phi[k] for k in objective.trainable]
+    trained = [phi[k].requires_grad_() for k in objective.trainable if names is None or k in names]
+    if not trained:
+        raise ValueError(f"none of {', '.join(sorted(names or ()))} is trained: all are buffers, or frozen")
+    return phi, trained
 
 
 def detached(params: Params) -> Params:

@@ -1,7 +1,8 @@
 r"""Hard EM: the posterior is a point, found by a few epochs of SGD from the prior's own point.
 
-    maximise  (1/N_s) sum_i log p(y_i | f(x_i; phi)) + (1/N_s) log p(phi | eta)
+    maximise  (1/N_s) sum_i log p(y_i | f(x_i; phi)) + (1/N_s) (log p(phi | eta) - penalty(phi))
 
+exp(-penalty) is a factor of the prior that knows nothing of eta: the M-step does not see it.
 A truncated search acts as a prior of its own, which is why FedAvg trains at precision 0.
 If the prior has `cut(eta)`, what it leaves of the model is cut out first (slim.py), and only that is trained.
 McMahan et al. 2017, arXiv:1602.05629, Algorithm 1 (ClientUpdate).
@@ -9,7 +10,7 @@ McMahan et al. 2017, arXiv:1602.05629, Algorithm 1 (ClientUpdate).
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,7 +18,8 @@ import torch
 from torch import Tensor
 
 from fedprior import posteriors
-from fedprior.core import Client, Eta, Params, Prior
+from fedprior.core import Client, Eta, Gathered, Params, Prior
+from fedprior.inference import stacked
 from fedprior.inference.ascent import Descent, ascend, check_steps, detached, leaves, what_is_left
 from fedprior.objective import Objective
 
@@ -32,6 +34,8 @@ class Point:
         batch_size: examples a step; None for all of them.
         momentum: of SGD.
         optimizer: tensors -> torch.optim.Optimizer, instead of SGD(lr, momentum).
+        penalty: (objective, phi) -> scalar, in nats per client's data set; what it adds to the loss of an example is
+            divided by the client's number of examples, as the prior's term is.
     """
 
     lr: float
@@ -39,6 +43,7 @@ class Point:
     batch_size: int | None = 20
     momentum: float = 0.0
     optimizer: Callable[[list[Tensor]], torch.optim.Optimizer] | None = None
+    penalty: Callable[[Objective, Params], Tensor] | None = None
 
     def __post_init__(self) -> None:
         check_steps(self.lr, self.epochs, self.batch_size)
@@ -58,20 +63,49 @@ class Point:
     ) -> tuple[Any, Params | None]:
         """A few epochs from the prior's point, on what is left of the model; no personal state."""
         if not hasattr(prior, "cut"):
-            return posteriors.Point(self._train(objective, prior, eta, client, rng)), state
+            return posteriors.Point(self.train(objective, prior, eta, client, rng)), state
         cut, small, small_prior, small_eta = what_is_left(objective, prior, eta)
-        phi = self._train(small, small_prior, small_eta, client, rng)
+        phi = self.train(small, small_prior, small_eta, client, rng)
         return posteriors.Point(cut.scatter(phi, eta.mean)), state
 
-    def _train(self, objective: Objective, prior: Prior, eta: Eta, client: Client, rng: torch.Generator) -> Params:
-        phi, trained = leaves(objective, prior.point(eta))
+    def why_not_stacked(self, objective: Objective, prior: Prior, x: Tensor, y: Tensor) -> str:
+        """Why `e_steps` cannot be called for such examples; empty if it can (stacked.py)."""
+        if self.optimizer is not None:
+            return "an optimizer of the user's own is stepped for each client"
+        if self.penalty is not None:
+            return "a penalty is computed for each client"
+        return stacked.why_not(objective, prior, x, y)
+
+    def e_steps(
+        self, objective: Objective, prior: Prior, eta: Eta, data: Gathered, rngs: Sequence[torch.Generator]
+    ) -> posteriors.Point:
+        """The E-steps of several clients at once: a posterior whose tensors have a first dimension of clients."""
+        return posteriors.Point(stacked.e_steps(self, objective, prior, eta, data, rngs))
+
+    def train(
+        self,
+        objective: Objective,
+        prior: Prior,
+        eta: Eta,
+        client: Client,
+        rng: torch.Generator,
+        start: Params | None = None,
+        names: Collection[str] | None = None,
+    ) -> Params:
+        """A few epochs from `start`, or from the prior's point; of the parameters `names`, or all. Buffers move."""
+        phi, trained = leaves(objective, prior.point(eta) if start is None else start, names)
         q = posteriors.Point(phi)
         examples = len(client.train)
-        pulls = prior.log_prob(eta, prior.stats(q)).requires_grad  # a flat prior does not
+
+        def prior_term() -> Tensor:
+            log_prob = prior.log_prob(eta, prior.stats(q))
+            return log_prob if self.penalty is None else log_prob - self.penalty(objective, phi)
+
+        pulls = prior_term().requires_grad  # a flat prior does not
 
         def bound(x: Tensor, y: Tensor) -> Tensor:
             log_lik = objective.log_lik(phi, x, y)
-            return log_lik + prior.log_prob(eta, prior.stats(q)) / examples if pulls else log_lik
+            return log_lik + prior_term() / examples if pulls else log_lik
 
         objective.train()
         smallest, optimizers = objective.smallest_batch, [self._optimizer(trained)]

@@ -2,9 +2,34 @@
 
 from fedprior.priors.custom import Custom
 from fedprior.priors.dropout import Dropout
+from fedprior.priors.feddyn import FedDyn
 from fedprior.priors.gaussian import Gaussian
 from fedprior.priors.group_lasso import GroupLasso
+from fedprior.priors.learned_scale import LearnedScale
+from fedprior.priors.niw import NIW
+from fedprior.priors.online_laplace import OnlineLaplace
+from fedprior.priors.personal import Personal
+from fedprior.priors.scaffold import Scaffold
+from fedprior.priors.scale_mixture import ScaleMixture
 from fedprior.priors.shared_gates import SharedGates
+from fedprior.priors.sites import Sites
 from fedprior.priors.spike_slab import SpikeSlab
+from fedprior.priors.split import Split
 
-__all__ = ["Custom", "Dropout", "Gaussian", "GroupLasso", "SharedGates", "SpikeSlab"]
+__all__ = [
+    "NIW",
+    "Custom",
+    "Dropout",
+    "FedDyn",
+    "Gaussian",
+    "GroupLasso",
+    "LearnedScale",
+    "OnlineLaplace",
+    "Personal",
+    "Scaffold",
+    "ScaleMixture",
+    "SharedGates",
+    "Sites",
+    "SpikeSlab",
+    "Split",
+]

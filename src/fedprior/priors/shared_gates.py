@@ -14,7 +14,7 @@ with lambda_0 the dual variable of  live(z) <= allowed_t: the price at which wha
 
     allowed_t = start^(1 - s) density^s live(1),    s = (t - hold) / steps between 0 and 1,    after round t
 
-Rounds from which nothing arrived do not count in t.
+A round from which nothing arrived counts in t as well: z is then chosen by the evidence that there is (`idle`).
 
     paper      code        shape                             paper      code          shape
     w          eta.mean    as the parameters                 e          eta.gain      group -> (units,), nats
@@ -32,7 +32,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from fedprior import selection, structure, tree
+from fedprior import posteriors, selection, structure, tree
 from fedprior.codecs import PayloadError
 from fedprior.core import Params, Stats
 from fedprior.priors.gaussian import Gaussian
@@ -49,7 +49,8 @@ class SharedGates:
     Attributes:
         density: which fraction of the model's parameters is left in the end; None for what a budget affords.
         start: which fraction there is in round one (selection.narrow); None for 1.55 times `density`.
-        steps: how many rounds the way from start to density takes; None for a fifth of the run.
+        steps: how many rounds the way from start to density takes; None for a fifth of the run. hold + steps may not
+            exceed the rounds of the run.
         precision: pull of the clients' weights towards the server's; 0 is flat.
         memory: of the running mean of gains; 0 trusts the last round alone.
         activations: what a share of the model's activations costs, when a share of its parameters costs 1. The larger,
@@ -95,11 +96,17 @@ class SharedGates:
             )
 
     def scheduled(self, rounds: int) -> SharedGates:
-        """The same prior with a schedule for a run of so many rounds."""
+        """The same prior with a schedule for a run of so many rounds; a ValueError if it ends after them."""
         assert self.density is not None
         start = min(1.0, _WIDER * self.density) if self.start is None else self.start
         hold = int(_HOLD * rounds) if self.hold is None else self.hold
-        return replace(self, start=start, hold=hold, steps=max(1, rounds // 5) if self.steps is None else self.steps)
+        steps = max(1, rounds // 5) if self.steps is None else self.steps
+        if hold + steps > rounds:
+            raise ValueError(
+                f"SharedGates would reach its density after hold + steps = {hold} + {steps} rounds, and the run has "
+                f"{rounds}: give a smaller hold or steps, or leave both out, or run {hold + steps} rounds"
+            )
+        return replace(self, start=start, hold=hold, steps=steps)
 
     def bind(self, model: nn.Module, x: Tensor) -> SharedGates:
         """The same prior with the groups of a model."""
@@ -114,9 +121,7 @@ class SharedGates:
 
     def init(self, params: Params) -> Eta:
         """The narrow start."""
-        if self.start is None:
-            raise ValueError("SharedGates has no schedule yet: give density and start, or call scheduled(rounds)")
-        eta = self.supposed(params, self.start * self._total(params))
+        eta = self.supposed(params, self._schedule[1] * self._total(params))
         return eta._replace(gain=tree.map(torch.zeros_like, eta.gain))
 
     def supposed(self, params: Params, left: float) -> Eta:
@@ -174,30 +179,56 @@ class SharedGates:
             eta: after the server's step.
             before: the eta of the round before: what it had removed stays removed, whatever clients say.
         """
-        m, keep, price = self.memory, before.keep, before.price
+        m = self.memory
         gain = tree.map(lambda new, old: m * old + (1 - m) * new, eta.gain, before.gain)
-        if any(bool(g.any()) for g in gain.values()):
+        return self._chosen(before._replace(mean=eta.mean, gain=gain, round=eta.round))
+
+    def idle(self, eta: Eta) -> Eta:
+        """A round from which nothing arrived: the model shrinks on time, by the gains that are remembered."""
+        return self._chosen(eta._replace(round=tree.map(lambda t: t + 1, eta.round)))
+
+    def _chosen(self, eta: Eta) -> Eta:
+        """Without the units for which there is no room; all stay as long as there is no evidence."""
+        keep, price = eta.keep, eta.price
+        if any(bool(g.any()) for g in eta.gain.values()):
             allowed = self._allowed(float(eta.round["t"]), eta.mean)
-            keep, ratio = selection.select(self.groups, keep, gain, eta.mean, allowed, self.counted, self.made)
+            keep, ratio = selection.select(self.groups, keep, eta.gain, eta.mean, allowed, self.counted, self.made)
             price = {"lambda_0": torch.full_like(price["lambda_0"], ratio)} if ratio else price
-        return self.Eta(self._left(keep, eta.mean), keep, tree.map(torch.mul, gain, keep), price, eta.round)
+        return self.Eta(self._left(keep, eta.mean), keep, tree.map(torch.mul, eta.gain, keep), price, eta.round)
 
     def settled(self, eta: Eta) -> bool:
         """Is the density reached? Then no unit is removed any more, and clients need not weigh them."""
-        return self.hold is not None and self.steps is not None and float(eta.round["t"]) >= self.hold + self.steps
+        _, _, hold, steps = self._schedule
+        return float(eta.round["t"]) >= hold + steps
+
+    def full(self, eta: Eta) -> posteriors.Gains:
+        """A posterior without zeros or equal values in what is left: none is longer on the wire."""
+
+        def counted(on: Tensor) -> Tensor:
+            return on * on.flatten().cumsum(0).view_as(on)
+
+        ones = self._left(eta.keep, tree.map(torch.ones_like, eta.mean))
+        weighs = not self.settled(eta)
+        return posteriors.Gains(tree.map(counted, ones), tree.map(lambda z: weighs * counted(z), eta.keep))
 
     def live(self, eta: Eta) -> int:
         """How many parameters are left."""
         return selection.Live(self.groups, eta.keep, {name: eta.mean[name].shape for name in self.counted}).total()
 
-    def _allowed(self, t: float, params: Params) -> float:
-        """How many parameters there may be after round t."""
+    @property
+    def _schedule(self) -> tuple[float, float, int, int]:
+        """density, start, hold and steps, once all are known."""
         if self.density is None or self.start is None or self.hold is None or self.steps is None:
             raise ValueError(
-                "SharedGates has no schedule yet: give density, start, hold and steps, or call scheduled()"
+                "SharedGates has no schedule yet: give density, start, hold and steps, or call scheduled(rounds)"
             )
-        s = min(max((t - self.hold) / self.steps, 0.0), 1.0)
-        return self.start ** (1 - s) * self.density**s * self._total(params)
+        return self.density, self.start, self.hold, self.steps
+
+    def _allowed(self, t: float, params: Params) -> float:
+        """How many parameters there may be after round t."""
+        density, start, hold, steps = self._schedule
+        s = min(max((t - hold) / steps, 0.0), 1.0)
+        return start ** (1 - s) * density**s * self._total(params)
 
     def schedule(self, params: Params, rounds: int) -> list[float]:
         """How many parameters each round of a run may have, given the model's."""

@@ -6,8 +6,10 @@ from base64 import b64encode
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from html import escape
+from typing import get_args
 
 from fedprior.compare import cells
+from fedprior.records import Status
 from fedprior.report.tracks import Track, metric_of
 
 _TITLES = {
@@ -74,16 +76,20 @@ def _figure(name: str, png: bytes, tracks: list[Track]) -> str:
 
 def _lost(tracks: list[Track]) -> str:
     """How many clients were lost, why, and the reasons of refused payloads."""
-    head = ["algorithm", "asked", "ok", "dropped", "late", "rejected"]
+    statuses = get_args(Status)
+    head = ["algorithm", "asked", *statuses]
     body, reasons = [], []
     for t in tracks:
         clients = [c for r in t.rounds for c in r.clients]
         count = Counter(c.status for c in clients)
-        body.append([t.name, f"{len(clients):,}", *(f"{count[s]:,}" for s in ("ok", "dropped", "late", "rejected"))])
+        body.append([t.name, f"{len(clients):,}", *(f"{count[s]:,}" for s in statuses)])
         refused = [f"round {r.number}: {c.reason}" for r in t.rounds for c in r.lost() if c.reason]
         more = [f"and {len(refused) - _REASONS:,} more"] if len(refused) > _REASONS else []
         reasons += [f"<li>{escape(t.name)}, {escape(text)}</li>" for text in refused[:_REASONS] + more]
-    note = "Dropped: never answered. Late: after the deadline. Both are simulated. Rejected: its payload was refused."
+    note = (
+        "Dropped: never answered. Late: after the deadline. Both are simulated, unless a reason is given below. "
+        "Rejected: its payload was refused. Failed: its training raised an error on its node."
+    )
     listed = f"<ul>{''.join(reasons)}</ul>" if reasons else ""
     return f'<h2>Clients lost</h2>{_table(head, body)}<p class="note">{note}</p>{listed}'
 

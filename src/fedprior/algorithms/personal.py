@@ -1,0 +1,103 @@
+"""Personalised: every client ends with a model of its own (Result.personal), and shares part of what it learns."""
+
+from __future__ import annotations
+
+from fedprior import inference, priors, server
+from fedprior.algorithm import Algorithm, Weighting
+
+
+def local(
+    lr: float = 0.05, epochs: int = 1, batch_size: int | None = 20, weighting: Weighting = "examples"
+) -> Algorithm:
+    """No federation: every client trains a model of its own, and sends no parameter. What others must beat."""
+    return Algorithm(priors.Personal(), inference.Point(lr, epochs, batch_size), weighting=weighting, name="local")
+
+
+def fedper(
+    lr: float = 0.05,
+    personal: str = "@head",
+    epochs: int = 1,
+    batch_size: int | None = 20,
+    weighting: Weighting = "examples",
+) -> Algorithm:
+    """Arivazhagan et al. 2019, arXiv:1912.00818: FedAvg of all but the last layer, which every client has for itself.
+
+    `personal` are the names that stay, as globs with commas between; "@head" is the last layer, "@norm" all
+    normalisation layers (priors.Split).
+    """
+    return Algorithm(_split(personal), inference.Point(lr, epochs, batch_size), weighting=weighting, name="fedper")
+
+
+def fedrep(
+    lr: float = 0.05,
+    personal: str = "@head",
+    epochs: int = 1,
+    batch_size: int | None = 20,
+    personal_epochs: int = 5,
+    weighting: Weighting = "examples",
+) -> Algorithm:
+    """Collins et al. 2021, arXiv:2102.07078: FedPer that trains the personal part first, then the shared one.
+
+    `personal` is as in fedper; `epochs` are those of the shared part.
+    """
+    own = inference.Point(lr, personal_epochs, batch_size)
+    e_step = inference.Alternating(own, inference.Point(lr, epochs, batch_size))
+    return Algorithm(_split(personal), e_step, weighting=weighting, name="fedrep")
+
+
+def fedbn(
+    lr: float = 0.05,
+    personal: str = "@norm",
+    epochs: int = 1,
+    batch_size: int | None = 20,
+    weighting: Weighting = "examples",
+) -> Algorithm:
+    """Li et al. 2021, arXiv:2102.07623: FedAvg of all but the normalisation layers, with their running moments.
+
+    `personal` is as in fedper.
+    """
+    return Algorithm(_split(personal), inference.Point(lr, epochs, batch_size), weighting=weighting, name="fedbn")
+
+
+def pfedme(
+    lr: float = 0.05,
+    strength: float = 15.0,
+    outer_lr: float = 0.02,
+    steps: int = 5,
+    server_rate: float = 1.0,
+    epochs: int = 1,
+    batch_size: int | None = 20,
+    weighting: Weighting = "uniform",
+) -> Algorithm:
+    """Dinh et al. 2020, arXiv:2006.08848: personal models near a shared one, which follows them.
+
+    The paper's lambda is `strength`, its eta `outer_lr`, its K `steps`, its beta `server_rate` (inference.Moreau).
+    """
+    e_step = inference.Moreau(lr, strength, outer_lr, steps, epochs, batch_size)
+    step = server.Exact() if server_rate == 1 else server.Damped(server_rate)
+    return Algorithm(priors.Gaussian(), e_step, step, weighting=weighting, name="pfedme")
+
+
+def ditto(
+    lr: float = 0.05,
+    strength: float = 1.0,
+    personal_lr: float | None = None,
+    personal_epochs: int | None = None,
+    epochs: int = 1,
+    batch_size: int | None = 20,
+    weighting: Weighting = "examples",
+) -> Algorithm:
+    """Li et al. 2021, arXiv:2012.04221: FedAvg, and beside it a personal model that is pulled to FedAvg's.
+
+    The paper's lambda is `strength` (inference.Ditto). The personal model has the learning rate and epochs of the
+    other one if you give none.
+    """
+    own = inference.Point(personal_lr or lr, personal_epochs or epochs, batch_size)
+    e_step = inference.Ditto(inference.Point(lr, epochs, batch_size), own, strength)
+    return Algorithm(priors.Gaussian(), e_step, weighting=weighting, name="ditto")
+
+
+def _split(personal: str) -> priors.Split:
+    """What stays with the clients, and FedAvg for the rest."""
+    own = {pattern.strip(): priors.Personal() for pattern in personal.split(",")}
+    return priors.Split({**own, "*": priors.Gaussian()})

@@ -1,0 +1,225 @@
+"""The engine of a real federation: a round's clients train on Flower's nodes.
+
+    fedprior.run(algorithm, model, roster, rounds=..., engine=GridEngine(grid, nodes=3), out=...)
+
+is a whole server. One message goes to each node that has clients of the cohort; the uploads are received in the order
+of the cohort, so that the sum has the bits of the sequential engine's. What does not come before the deadline is late,
+and the round goes on.
+
+Nodes are told apart by the partition that they claim. The first node of a partition keeps it for as long as it is
+there; who may join at all is decided by Flower, by keys (docs/federation.md).
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from fedprior.cohort import Availability
+from fedprior.core import Client, Examples, Stats
+from fedprior.engines.sequential import summed
+from fedprior.federation import bundle, replies
+from fedprior.federation.node import about
+from fedprior.federation.replies import Asked
+from fedprior.records import Round
+from fedprior.round import RoundWork, Upload
+from fedprior_node import mail
+
+log = logging.getLogger(__name__)
+
+
+class NodeError(RuntimeError):
+    """A node that cannot take part, before round one."""
+
+
+@dataclass(frozen=True)
+class Roster:
+    """A federation's clients as the server knows them: how many, and what an example looks like."""
+
+    count: int
+    example: Examples
+
+    def __post_init__(self) -> None:
+        if self.count < 1:
+            raise ValueError(f"a federation needs at least 1 client, got {self.count}")
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __getitem__(self, index: int, /) -> Client:
+        if not 0 <= index < self.count:
+            raise IndexError(f"client {index} of a federation of {self.count}")
+        return Client(index, f"client-{index}", self.example)
+
+
+@dataclass
+class GridEngine:
+    """Clients on the nodes of a Flower grid.
+
+    Attributes:
+        grid: Flower's.
+        nodes: how many partitions there are; all must be there before round one.
+        run: key of the run, under which nodes keep personal states.
+        seconds: that the nodes have before round one, and in each round.
+        poll: seconds between two looks for replies.
+        most_examples: that a client may claim to have: examples are weights.
+        history: rounds of the run before it was resumed.
+    """
+
+    grid: Any
+    nodes: int
+    run: str = "run"
+    seconds: float = 600.0
+    poll: float = 0.1
+    most_examples: int = 1_000_000
+    history: Sequence[Round] = ()
+    _accepted: dict[int, int] = field(default_factory=dict, repr=False)
+    _claims: dict[int, int] = field(default_factory=dict, repr=False)  # node -> partition, -1 for a useless node
+    _places: dict[int, int] = field(default_factory=dict, repr=False)  # partition -> node
+    _hellos: dict[str, int] = field(default_factory=dict, repr=False)  # message -> node
+    _met: bool = field(default=False, repr=False)
+
+    def map_sum(self, work: RoundWork, indices: Sequence[int]) -> Stats | None:
+        """The sum of the clients' statistics in the order of `indices`."""
+        if work.availability != Availability():
+            raise ValueError("a federation's clients are late or lost by themselves: leave out availability=")
+        for record in () if self._met else self.history:
+            if record.number < work.number:  # a crash may have left one that will be run again
+                self._remember(record.number, record.clients)
+        self._meet(work)
+        total = summed(work, self._uploads(work, indices))
+        self._remember(work.number, work.records)
+        for record in work.records:
+            if record.status != "ok":
+                log.warning("round %d, %s: %s: %s", work.number, record.client, record.status, record.reason)
+        return total
+
+    def _remember(self, number: int, records: Sequence[Any]) -> None:
+        self._accepted.update({record.index: number for record in records if record.status == "ok"})
+
+    def _meet(self, work: RoundWork) -> None:
+        """Find out which node is which partition: wait for all of them before round one, for one of them later."""
+        end = time.monotonic() + self.seconds
+        while True:
+            present = set(self.grid.get_node_ids())
+            self._greet(present, work)
+            self._seat(present)
+            missing = [p for p in range(self.nodes) if p not in self._places]
+            if not missing or (self._met and self._places):
+                break
+            if time.monotonic() > end:
+                if self._met:
+                    break
+                raise NodeError(
+                    f"after {self.seconds:g} s there is no node of the partitions {missing}: start the SuperNodes "
+                    f'with --node-config "partition-id={missing[0]} num-partitions={self.nodes}"'
+                )
+            time.sleep(self.poll)
+        self._met = True
+
+    def _greet(self, present: set[int], work: RoundWork) -> None:
+        """Ask nodes that are new who they are, and hear those that were asked."""
+        asked = set(self._hellos.values())
+        if new := sorted(present - self._claims.keys() - asked):
+            hello = bundle.pack({"ask": "hello", **self._header(work)})
+            sent = self.grid.push_messages([mail.request(n, work.number, hello, self.seconds) for n in new])
+            self._hellos |= dict(zip(sent, new, strict=True))
+        for message in self.grid.pull_messages(list(self._hellos)) if self._hellos else ():
+            node = self._hellos.pop(message.metadata.reply_to_message_id, None)
+            if node is not None:
+                self._claims[node] = self._hear(node, message, work)
+
+    def _hear(self, node: int, message: Any, work: RoundWork) -> int:
+        """The partition that a node claims. One that cannot take part ends the run before round one; later it is -1."""
+        try:
+            if message.has_error():
+                raise ValueError(f"Flower's error {message.error.code}: {message.error.reason}")
+            said = replies.hello(mail.blob(message))
+            if said["partitions"] != self.nodes or not 0 <= said["partition"] < self.nodes:
+                raise ValueError(f"it is partition {said['partition']} of {said['partitions']}, not of {self.nodes}")
+            for key, mine in about(work).items():
+                if said.get(key) != mine:
+                    raise ValueError(f"its {key} is {str(said.get(key))[:300]}, and the server's is {str(mine)[:300]}")
+            if not self._met and said["partition"] in self._claims.values():
+                raise ValueError(f"another node is partition {said['partition']} as well: give each its own")
+            return said["partition"]
+        except ValueError as error:
+            if not self._met:
+                raise NodeError(f"node {node} cannot take part: {error}") from error
+            log.warning("node %d cannot take part: %s", node, error)
+            return -1
+
+    def _seat(self, present: set[int]) -> None:
+        """The first node of a partition keeps it while it is there."""
+        self._places = {p: n for p, n in self._places.items() if n in present}
+        for node, partition in self._claims.items():
+            if node in present and partition >= 0:
+                self._places.setdefault(partition, node)
+
+    def _uploads(self, work: RoundWork, indices: Sequence[int]) -> Iterator[Upload]:
+        """What came of the clients, in the order of `indices`; then what nobody asked for."""
+        clients = [work.population[i] for i in indices]
+        by_partition: dict[int, list[Client]] = {}
+        for client in clients:
+            by_partition.setdefault(client.index % self.nodes, []).append(client)
+        arrived: dict[int, Upload] = {}
+        strange: list[Upload] = []
+        todo = [client.index for client in clients]
+        for partition, reply in self._exchange(work, by_partition):
+            arrived |= reply.uploads
+            if reply.strange:
+                strange.append(Upload(-1, f"node of partition {partition}", 0, "rejected", 0, reason=reply.strange))
+            while todo and todo[0] in arrived:
+                yield arrived.pop(todo.pop(0))
+        yield from strange
+
+    def _exchange(
+        self, work: RoundWork, by_partition: Mapping[int, list[Client]]
+    ) -> Iterator[tuple[int, replies.Reply]]:
+        """Send, and give each partition's reply as it comes; in the end those that did not come."""
+        asked, messages, sent_to = {}, [], []
+        for partition, clients in by_partition.items():
+            node = self._places.get(partition)
+            if node is None:
+                nobody = {c.index: Asked(c.name, 0) for c in clients}
+                yield partition, replies.failed(nobody, "dropped", f"there is no node of partition {partition}")
+                continue
+            blob, asked[partition] = self._request(work, clients)
+            messages.append(mail.request(node, work.number, blob, self.seconds + 60))
+            sent_to.append(partition)
+        waiting = dict(zip(self.grid.push_messages(messages) if messages else (), sent_to, strict=True))
+        end = time.monotonic() + self.seconds
+        while waiting and time.monotonic() < end:
+            for message in self.grid.pull_messages(list(waiting)):
+                partition = waiting.pop(message.metadata.reply_to_message_id, None)
+                if partition is not None:
+                    yield partition, self._read(message, asked[partition])
+            if waiting:
+                time.sleep(self.poll)
+        for partition in waiting.values():
+            yield partition, replies.failed(asked[partition], "late", f"no answer within {self.seconds:g} s")
+
+    def _request(self, work: RoundWork, clients: Sequence[Client]) -> tuple[bytes, dict[int, Asked]]:
+        """One node's message: the broadcast once, or what each client receives."""
+        parts = [work.downlink(c.index) for c in clients] if work.algorithm.samples else [work.down]
+        last = [[c.index, self._accepted.get(c.index, 0)] for c in clients]
+        header = {"ask": "round", **self._header(work), "number": work.number, "clients": last}
+        asked = {c.index: Asked(c.name, len(parts[k % len(parts)])) for k, c in enumerate(clients)}
+        return bundle.pack(header, parts), asked
+
+    def _header(self, work: RoundWork) -> dict[str, Any]:
+        return {"run": self.run, "seed": work.seed, "rounds": work.rounds, "cohort": work.cohort}
+
+    def _read(self, message: Any, asked: Mapping[int, Asked]) -> replies.Reply:
+        """A reply from Flower: an error of its own, or a blob."""
+        if message.has_error():
+            reason = f"Flower's error {message.error.code}: {message.error.reason}"
+            return replies.failed(asked, "dropped", reason)
+        try:
+            blob = mail.blob(message)
+        except ValueError as error:
+            return replies.failed(asked, "rejected", f"the node's reply {error}")
+        return replies.read(blob, asked, self.most_examples)

@@ -1,0 +1,193 @@
+"""A node: runs the clients that live on it, one request of the server after the other.
+
+Client i of the federation lives on the node of partition i % partitions. A request names the clients and what they
+receive; the reply has one entry a client, with its payload or with the text of the error that its training raised.
+
+A client's personal state stays on the node's disk, in `state`/RUN/client-I, and is that of the client's last upload
+which the server accepted: a request says which round that was.
+"""
+
+from __future__ import annotations
+
+import re
+import traceback
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+import fedprior
+from fedprior import planning, tree
+from fedprior.algorithm import Algorithm
+from fedprior.codecs import schema_of
+from fedprior.cohort import Availability
+from fedprior.core import Client, Params, Population
+from fedprior.engines.sequential import torch_threads
+from fedprior.federation import bundle
+from fedprior.objective import Loss, Objective, PerExample
+from fedprior.round import RoundWork
+from fedprior.store import DiskStore, MemoryStore
+
+Own = Population | Sequence[Client] | Mapping[int, Client]
+Data = Own | Callable[[int, int], Own]
+"""Clients by their index in the federation, or (partition, partitions) -> the clients of that partition's node."""
+
+TEXT, LONGEST = 4000, 1 << 26  # characters of an error that travels; bytes of a request's header
+
+
+@dataclass
+class Node:
+    """What one SuperNode runs.
+
+    Attributes:
+        algorithm, model, loss: the server's.
+        data: the clients. All of a federation's, of which a node takes its own, serve for a trial on one machine.
+        state: folder of personal states, one subfolder a run; nothing is written for algorithms that have none.
+        threads: PyTorch's threads while a client trains.
+    """
+
+    algorithm: Algorithm
+    data: Data
+    model: nn.Module
+    loss: str | Loss | PerExample = "classification"
+    state: str | Path = "~/.fedprior/states"
+    device: str = "cpu"
+    threads: int = 1
+    _own: dict[tuple[int, int], Any] = field(default_factory=dict, repr=False)
+    _made: tuple[Any, RoundWork] | None = field(default=None, repr=False)
+
+    def answer(self, request: bytes, partition: int, partitions: int) -> bytes:
+        """The reply to one request; an error of this node's is the text of the reply."""
+        try:
+            header, parts = bundle.unpack(request, LONGEST)
+            if header.get("ask") == "hello":
+                return bundle.pack({"hello": self._hello(header, partition, partitions)})
+            return self._round(header, parts, partition, partitions)
+        except Exception as error:
+            return bundle.pack({"failed": text(error)})
+
+    def _hello(self, header: dict[str, Any], partition: int, partitions: int) -> dict[str, Any]:
+        """Who this is and what it would run; the data are loaded and the plan is made on the way."""
+        work = self._work(header, self._clients(partition, partitions), partition)
+        return {"partition": partition, "partitions": partitions, **about(work)}
+
+    def _clients(self, partition: int, partitions: int) -> Any:
+        """The node's clients, by index."""
+        if (partition, partitions) not in self._own:
+            own = self.data(partition, partitions) if callable(self.data) else self.data
+            if isinstance(own, list | tuple):
+                own = {client.index: client for client in own}
+            if len(own) == 0:
+                raise ValueError(f"the node of partition {partition} of {partitions} has no clients")
+            self._own[partition, partitions] = own
+        return self._own[partition, partitions]
+
+    def _round(self, header: dict[str, Any], parts: list[bytes], partition: int, partitions: int) -> bytes:
+        clients = self._clients(partition, partitions)
+        store = NodeStore(Path(self.state).expanduser() / run_key(header["run"]), dict(header["clients"]))
+        entries, payloads, work = [], [], None
+        for place, (index, _) in enumerate(header["clients"]):
+            down = parts[place % len(parts)]  # one for all, or one each
+            if work is None or down is not work.down:
+                work = self._work(header, clients, partition).changed((header["number"], down, {}))
+                work.store, work.population = store, clients
+            entry, payload = self._train(work, store, index, partition, partitions)
+            entries.append(entry)
+            payloads.append(payload)
+        return bundle.pack({"clients": entries}, payloads)
+
+    def _work(self, header: dict[str, Any], clients: Any, partition: int) -> RoundWork:
+        """The run's work; the plan is made again when the run is another one."""
+        key = tuple(header[name] for name in ("run", "seed", "rounds", "cohort"))
+        if self._made is None or self._made[0] != key:
+            objective = Objective(self.model, self.loss, self.device)
+            x = clients[next(iter(clients)) if isinstance(clients, Mapping) else partition].train.x[:1].to(self.device)
+            algorithm, eta, up_schema = planning.prepare(
+                self.algorithm, objective, x, header["rounds"], header["cohort"]
+            )
+            self._made = (
+                key,
+                RoundWork(
+                    algorithm=algorithm,
+                    objective=objective,
+                    population=clients,
+                    store=MemoryStore(),
+                    availability=Availability(),
+                    seed=header["seed"],
+                    number=0,
+                    like=eta,
+                    down=b"",
+                    down_schema=schema_of(tree.flatten(eta)),
+                    up_schema=up_schema,
+                    device=self.device,
+                ),
+            )
+        return self._made[1]
+
+    def _train(
+        self, work: RoundWork, store: NodeStore, index: int, partition: int, partitions: int
+    ) -> tuple[dict[str, Any], bytes]:
+        """One client's entry and payload."""
+        try:
+            if index % partitions != partition:
+                raise ValueError(f"client {index} does not live on the node of partition {partition} of {partitions}")
+            with torch_threads(self.threads):
+                upload = work.client(index)
+            if upload.client and upload.index != index:
+                raise ValueError(f"the data give client {upload.index} for client {index}")
+            store.save(index, work.number, upload.state)
+        except Exception as error:
+            return {"client": index, "status": "failed", "reason": text(error)}, b""
+        seconds = {"seconds": upload.seconds, "seconds_wire": upload.seconds_wire}
+        return {"client": index, "status": "ok", "examples": upload.examples, **seconds}, upload.payload
+
+
+@dataclass
+class NodeStore:
+    """The states of one run's clients; `last` is the round of each client's last accepted upload."""
+
+    folder: Path
+    last: Mapping[int, int]
+
+    def _of(self, index: int) -> DiskStore | None:
+        folder = self.folder / f"client-{index}"
+        return DiskStore(folder) if folder.exists() else None
+
+    def load(self, index: int) -> Params | None:
+        """The state after the last accepted upload; what came after it is forgotten."""
+        store = self._of(index)
+        if store is None:
+            return None
+        store.rollback(self.last[index])
+        return store.load(index)
+
+    def save(self, index: int, number: int, state: Params) -> None:
+        """Keep a state beside the last accepted one: the server has not accepted this one yet."""
+        if state:
+            store = DiskStore(self.folder / f"client-{index}")
+            store.save(index, number, state)
+            store.commit(self.last[index])
+
+
+def about(work: RoundWork) -> dict[str, Any]:
+    """What the server and its nodes must have in common."""
+    return {
+        "version": fedprior.__version__,
+        "algorithm": str(work.algorithm),
+        "loss": str(work.objective.loss),
+        "parameters": {k: f"{tuple(v.shape)} {v.dtype}" for k, v in work.objective.params().items()},
+    }
+
+
+def run_key(key: Any) -> str:
+    """The name of a run's folder, which came over the network."""
+    if not isinstance(key, str) or not re.fullmatch(r"[A-Za-z0-9_-]{1,64}", key):
+        raise ValueError(f"a run's key has up to 64 letters, digits, - and _; got {key!r}"[:200])
+    return key
+
+
+def text(error: Exception) -> str:
+    """An error and where it was raised; the last characters, if it is long."""
+    return "".join(traceback.format_exception(error))[-TEXT:]

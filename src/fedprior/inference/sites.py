@@ -1,0 +1,126 @@
+r"""The tilted distribution of a client, as a diagonal Gaussian, and what that makes of the client's factor.
+
+    cavity   q / t_s                      (stateless, FedSEP: q^(1 - 1/S), as if all S factors were equal)
+    tilted   r(theta) ~ cavity(theta) p(D_s | theta), near N(m, 1/L), found by variational Newton steps of size lr:
+                 e = +1 or -1 at random,  d = spread e / sqrt(L),  g± = slope of the mean loss at m ± d
+                 g = (g+ + g-) / 2,   h = e (g+ - g-) sqrt(L) / (2 spread),  at least 0
+                 L <- (1 - lr) L + lr (L_cavity + N_s h)
+                 m <- m - lr (N_s g + L_cavity (m - m_cavity)) / L
+    change   damping (r / q) of t_s, kept by the client and sent
+
+With spread = 1 the two points are a rule of E_r[slope] and E_r[curvature]: variational inference (PVI). With a small
+spread they are the slope and curvature at m: Laplace's approximation of r's moments (FedEP). h is unbiased for the
+curvature's diagonal, and exact where the curvature is diagonal: there lr = 1 on full batches is the exact r for
+linear-Gaussian clients, and one undamped round of everybody is the exact product posterior. Where the curvature is not
+diagonal a converged mean is still that of the product posterior (sum_s N_s g_s + prior = 0), and precisions are the
+diagonals of precisions: mean-field, too sure. FedSEP's product has no p(theta), which is spread over the factors.
+Factors have precisions >= 0, hence a cavity has at least that of p(theta), which rounding could undercut.
+
+    paper     code          shape                    paper         code     shape
+    Delta     q             as the parameters        t_s           state    {"precision/name", "shift/name"}
+
+Bui et al. 2018, arXiv:1811.11206; Guo et al. 2023, arXiv:2302.04228; Khan, Lin 2017, arXiv:1703.04265 (the steps, with
+averages over one pair of points instead of Monte Carlo). Damping multiplies the change: 1 is none.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fedprior import posteriors, tree
+from fedprior.core import Client, Eta, Examples, Params
+from fedprior.inference.ascent import batches, check_steps
+from fedprior.objective import Objective
+from fedprior.rng import seeded_globals
+
+
+@dataclass(frozen=True)
+class Sites:
+    """Variational Newton on the tilted distribution.
+
+    Attributes:
+        lr: of the Newton steps; in (0, 1].
+        epochs: passes over the client's examples.
+        batch_size: examples a step; None for all of them.
+        damping: which part of the change is made; in (0, 1].
+        spread: distance of the two points, in standard deviations; > 0.
+        clients: how many there are, for FedSEP, whose clients keep no factor; None for PVI and FedEP, whose do.
+    """
+
+    lr: float = 0.1
+    epochs: int = 1
+    batch_size: int | None = 20
+    damping: float = 0.5
+    spread: float = 1.0
+    clients: int | None = None
+
+    def __post_init__(self) -> None:
+        check_steps(self.lr, self.epochs, self.batch_size)
+        if not (self.lr <= 1 and 0 < self.damping <= 1 and self.spread > 0 and (self.clients or 2) >= 2):
+            raise ValueError(f"need lr <= 1, 0 < damping <= 1, spread > 0 and clients >= 2 (or None), got {self}")
+
+    def start(self, prior: Any, eta: Eta) -> posteriors.Site:
+        """No change."""
+        if not hasattr(eta, "shift"):
+            raise TypeError(
+                f"inference.Sites needs a prior in natural parameters, and {type(prior).__name__} is none. "
+                "Use the prior Sites(precision=...), or inference.Point(lr=...)."
+            )
+        zeros = tree.map(torch.zeros_like, eta.shift)
+        return posteriors.Site(zeros, zeros)
+
+    def e_step(
+        self, objective: Objective, prior: Any, eta: Eta, client: Client, state: Params | None, rng: torch.Generator
+    ) -> tuple[posteriors.Site, Params | None]:
+        """The change of the client's factor; its state is the factor."""
+        if objective.buffers:
+            raise ValueError("inference.Sites has no rule for running means: use a model without them (GroupNorm, say)")
+        zeros = type(eta)(*(tree.map(torch.zeros_like, part) for part in eta))
+        site = zeros if state is None else tree.unflatten(eta, state)
+        if self.clients is None:
+            precision = tree.map(lambda a, b: (a - b).clamp(min=prior.precision), eta.precision, site.precision)
+            cavity = type(eta)(precision, tree.map(torch.sub, eta.shift, site.shift))
+        else:
+            others = 1 - 1 / self.clients
+            cavity = type(eta)(*(tree.map(lambda v: v * others, part) for part in eta))
+        tilted = self._tilted(objective, eta, cavity, client, rng)
+        change = [
+            tree.map(lambda new, old: self.damping * (new - old), *pair) for pair in zip(tilted, eta, strict=True)
+        ]
+        if self.clients is None:
+            state = tree.flatten(type(eta)(*(tree.map(torch.add, *pair) for pair in zip(site, change, strict=True))))
+        return posteriors.Site(*change), state
+
+    def _tilted(self, objective: Objective, eta: Eta, cavity: Eta, client: Client, rng: torch.Generator) -> Eta:
+        """Natural parameters of r. Dropout is off: the posterior is the noise here."""
+        m, precision = tree.map(torch.div, eta.shift, eta.precision), dict(eta.precision)
+        examples = len(client.train)
+        objective.train(False)
+        with seeded_globals(rng, client.train.x.device):
+            for batch in batches(client.train, self.epochs, self.batch_size, rng):
+                signs = {k: _signs(m[k], rng) for k in objective.trainable}
+                steps = {k: self.spread * e / precision[k].sqrt() for k, e in signs.items()}
+                above, below = (_slopes(objective, m, steps, side, batch) for side in (1, -1))
+                for k, e in signs.items():
+                    slope = examples * (above[k] + below[k]) / 2
+                    curvature = examples * (e * (above[k] - below[k]) * precision[k].sqrt() / (2 * self.spread))
+                    target = cavity.precision[k] + curvature.clamp(min=0)
+                    precision[k] = (1 - self.lr) * precision[k] + self.lr * target
+                    m[k] = m[k] - self.lr * (slope + cavity.precision[k] * m[k] - cavity.shift[k]) / precision[k]
+        return type(eta)(precision, tree.map(torch.mul, precision, m))
+
+
+def _signs(like: Tensor, rng: torch.Generator) -> Tensor:
+    return (2 * torch.randint(2, like.shape, generator=rng) - 1).to(like)
+
+
+def _slopes(objective: Objective, m: Params, steps: Params, side: int, batch: Examples) -> Params:
+    """Of the mean loss, at m + side steps."""
+    phi = m | {k: (m[k] + side * d).requires_grad_() for k, d in steps.items()}
+    loss = -objective.log_lik(phi, batch.x, batch.y)
+    grads = torch.autograd.grad(loss, [phi[k] for k in steps], allow_unused=True, materialize_grads=True)
+    return dict(zip(steps, grads, strict=True))

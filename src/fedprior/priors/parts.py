@@ -1,0 +1,97 @@
+"""What Split is made of: names by pattern, posteriors of some names, and several etas and statistics as one."""
+
+from __future__ import annotations
+
+from collections import namedtuple
+from collections.abc import Iterable, Mapping, Sequence
+from fnmatch import fnmatchcase
+from functools import lru_cache
+from typing import Any
+
+from torch import nn
+
+from fedprior.core import Eta, Params, Stats
+
+_NORMS = (nn.modules.batchnorm._NormBase, nn.LayerNorm, nn.GroupNorm)
+
+
+def globs(pattern: str, model: nn.Module) -> tuple[str, ...]:
+    """The names that `@head` and `@norm` stand for; any other pattern itself."""
+    if not pattern.startswith("@"):
+        return (pattern,)
+    own = [name for name, module in model.named_modules() if next(module.parameters(recurse=False), None) is not None]
+    roles = {
+        "@head": own[-1:],
+        "@norm": [name for name, module in model.named_modules() if isinstance(module, _NORMS)],
+    }
+    if pattern not in roles:
+        raise ValueError(f"unknown pattern {pattern!r}: write a glob such as 'head.*', or one of {', '.join(roles)}")
+    if not roles[pattern]:
+        raise ValueError(f"the pattern {pattern!r} names no layer of {type(model).__name__}: write a glob instead")
+    return tuple(f"{name}.*" if name else "*" for name in roles[pattern])
+
+
+@lru_cache(maxsize=64)
+def assigned(patterns: tuple[tuple[str, ...], ...], names: tuple[str, ...]) -> tuple[tuple[str, ...], ...]:
+    """The names of each part: every name goes to the first part with a glob that matches it."""
+    parts: list[list[str]] = [[] for _ in patterns]
+    for name in names:
+        hits = [own for own, some in zip(parts, patterns, strict=True) if any(fnmatchcase(name, glob) for glob in some)]
+        if not hits:
+            raise ValueError(f"Split: no pattern matches {name!r}; write '*' as the last pattern for what is left")
+        hits[0].append(name)
+    return tuple(map(tuple, parts))
+
+
+def take(params: Mapping[str, Any], names: Iterable[str]) -> Params:
+    """Those of `names` that there are."""
+    return {name: params[name] for name in names if name in params}
+
+
+class PartOf:
+    """A posterior as one part sees it: moments of the parameters `names`; all else (gates, say) as it is."""
+
+    def __init__(self, q: Any, names: Sequence[str]) -> None:
+        self._q, self._names = q, names
+
+    def mean(self) -> Params:
+        """E[phi] of the names."""
+        return take(self._q.mean(), self._names)
+
+    def second_moment(self) -> Params:
+        """E[phi^2] of the names, elementwise."""
+        return take(self._q.second_moment(), self._names)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._q, name)
+
+
+def join_etas(etas: Sequence[Eta]) -> Eta:
+    """One NamedTuple: part{i}_FIELD."""
+    joint: Any = _joint(tuple(type(eta) for eta in etas))
+    return joint(*(value for eta in etas for value in eta))
+
+
+@lru_cache(maxsize=64)
+def _joint(types: tuple[Any, ...]) -> type:
+    fields = [f"part{i}_{field}" for i, kind in enumerate(types) for field in kind._fields]
+    return type("Eta", (namedtuple("Eta", fields),), {"__slots__": (), "types": types})
+
+
+def part_etas(eta: Eta) -> list[Eta]:
+    """The inverse of `join_etas`."""
+    values = iter(eta)
+    return [kind(*(next(values) for _ in kind._fields)) for kind in type(eta).types]
+
+
+def join_stats(parts: Sequence[Stats]) -> Stats:
+    """The statistics of one posterior's parts: part{i}_TERM."""
+    terms = {f"part{i}_{term}": t[term] for i, t in enumerate(parts) for term in t.terms}
+    return Stats(terms, parts[0].clients)
+
+
+def part_stats(t: Stats, index: int) -> Stats:
+    """Those of part `index`."""
+    prefix = f"part{index}_"
+    terms = {term.removeprefix(prefix): t[term] for term in t.terms if term.startswith(prefix)}
+    return Stats(terms, t.clients)

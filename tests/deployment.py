@@ -1,0 +1,82 @@
+"""A federation of real processes on this machine, stopped by their process groups."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from contextlib import suppress
+from pathlib import Path
+
+FEDPRIOR = [sys.executable, "-m", "fedprior"]
+
+
+def free_port() -> int:
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return s.getsockname()[1]
+
+
+class Deployment:
+    """Programs in process groups of their own, each with a log in `folder`."""
+
+    def __init__(self, folder: Path, *security: str) -> None:
+        self.folder, self.security = folder, security or ("--insecure",)
+        self.address = f"127.0.0.1:{free_port()}"
+        self.processes: dict[str, subprocess.Popen[bytes]] = {}
+        self.sockets = tempfile.TemporaryDirectory(prefix="fp-")  # a short path: sockets allow no more
+        self.env = {**os.environ, "OMP_NUM_THREADS": "1", "COLUMNS": "200"}
+        self.env |= {"HOME": str(folder), "TMPDIR": self.sockets.name}
+        self.env |= {"FLWR_HOME": str(folder / "flwr"), "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+
+    def __enter__(self) -> Deployment:
+        port = self.address.split(":")[1]
+        self.start("superlink", "superlink", "--port", port)
+        for _ in range(300):
+            with suppress(OSError), socket.create_connection(("127.0.0.1", int(port)), 1):
+                return self
+            time.sleep(0.1)
+        raise TimeoutError(self.log("superlink"))
+
+    def __exit__(self, *_: object) -> None:
+        self.stop(*self.processes)
+        self.sockets.cleanup()
+
+    def stop(self, *names: str) -> None:
+        """End process groups, with all that they have started."""
+        for number in (signal.SIGTERM, signal.SIGKILL):
+            for name in names:
+                with suppress(ProcessLookupError):
+                    os.killpg(self.processes[name].pid, number)
+            time.sleep(0.5)
+        for name in names:
+            self.processes.pop(name).wait()
+
+    def start(self, name: str, *arguments: str, security: tuple[str, ...] | None = None) -> None:
+        """One of our commands."""
+        self.program(name, *FEDPRIOR, "federate", *arguments, *(self.security if security is None else security))
+
+    def program(self, name: str, *command: str) -> None:
+        """Any program."""
+        with (self.folder / f"{name}.log").open("wb") as log:
+            self.processes[name] = subprocess.Popen(
+                command, stdout=log, stderr=log, stdin=subprocess.DEVNULL, start_new_session=True, env=self.env
+            )
+
+    def node(self, partition: int, of: int, security: tuple[str, ...] | None = None, name: str = "") -> None:
+        place = ["--partition", str(partition), "--partitions", str(of), "--port", str(free_port())]
+        self.start(name or f"node-{partition}", "supernode", self.address, *place, security=security)
+
+    def call(self, *arguments: str, code: int | None = 0, security: tuple[str, ...] | None = None) -> str:
+        """A command that ends by itself; what it prints."""
+        command = [*FEDPRIOR, "federate", *arguments, *(self.security if security is None else security)]
+        done = subprocess.run(command, env=self.env, capture_output=True, text=True, timeout=240)
+        assert code is None or done.returncode == code, done.stdout + done.stderr
+        return done.stdout + done.stderr
+
+    def log(self, name: str) -> str:
+        return (self.folder / f"{name}.log").read_text(errors="replace")

@@ -1,0 +1,163 @@
+"""Engines differ in speed only: the table of algorithms on each engine against the loop of one thread."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+import fedprior as fp
+from cases import classification_clients, close, equal, image_clients, pooled, redraw, without_seconds
+from fedprior import Availability, engines, inference, priors, tree
+from fedprior.codecs import Dense
+from fedprior.core import Engine
+from fedprior.engines import auto
+from fedprior.objective import Objective
+from stateful import Counting
+
+ROUNDS, COHORT = 4, 4
+SIZES = (6, 5, 23, 4, 7, 41, 2)  # ragged: batches of 4, with last ones of 1, 2 and 3
+CLIENTS = classification_clients(SIZES)
+DOUBLES = classification_clients(SIZES, dtype=torch.float64)
+FLEET = Availability(dropout=0.2, deadline_seconds=0.3, slowness=0.2)
+
+
+def normed() -> nn.Module:
+    return redraw(nn.Sequential(nn.Linear(4, 6), nn.BatchNorm1d(6), nn.ReLU(), nn.Linear(6, 3)))
+
+
+def dropping() -> nn.Module:
+    return redraw(nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Dropout(0.3), nn.Linear(8, 3)))
+
+
+def conv() -> nn.Module:
+    layers = [nn.Conv2d(1, 6, 5), nn.BatchNorm2d(6), nn.ReLU(), nn.MaxPool2d(4), nn.Flatten()]
+    return redraw(nn.Sequential(*layers, nn.Linear(54, 8), nn.ReLU(), nn.Linear(8, 4)))
+
+
+def scheduled(algorithm: fp.Algorithm) -> fp.Algorithm:
+    """Units go in the first rounds."""
+    return replace(algorithm, prior=replace(algorithm.prior, start=0.8, steps=2, hold=1))  # type: ignore
+
+
+@dataclass(frozen=True)
+class Case:
+    """A run."""
+
+    name: str
+    algorithm: fp.Algorithm
+    model: Callable[[], nn.Module] = lambda: fp.models.mlp(4, (40,), 3)
+    clients: Any = field(default_factory=lambda: CLIENTS)
+
+    def run(self, engine: Engine, rounds: int = ROUNDS, **fields: Any) -> fp.Result:
+        test = pooled(self.clients[:2])
+        fleet = {"cohort": COHORT, "availability": FLEET, "test": test, "seed": 0} | fields
+        return fp.run(self.algorithm, self.model(), self.clients, rounds=rounds, engine=engine, **fleet)
+
+
+FEDAVG = fp.fedavg(0.1, epochs=2, batch_size=4)
+CASES = [Case(name, make(lr=0.1)) for name, make in fp.algorithms.ALGORITHMS.items()] + [
+    Case("batch-norm", FEDAVG, normed),
+    Case("dropout-layers", FEDAVG, dropping),
+    Case("float64", replace(FEDAVG, codec=Dense("float64")), lambda: fp.models.mlp(4, (6,), 3).double(), DOUBLES),
+    Case("int8-zlib", fp.fedavg(0.1, value_type="int8", entropy="zlib")),
+    Case("momentum-uniform", replace(FEDAVG, inference=inference.Point(0.1, 2, 4, momentum=0.9), weighting="uniform")),
+    Case("any-optimizer", replace(FEDAVG, inference=inference.Point(0.1, optimizer=torch.optim.Adam))),
+    Case(
+        "personal-states", replace(FEDAVG, inference=Counting(inference.Point(0.1, 1, 4)), prior=priors.Gaussian(0.1))
+    ),
+    Case("feedback-int8", fp.topk(0.1, 0.2, value_type="int8")),
+    Case("gates", fp.fedsparse(0.1, lambda_0=0.3, gate_lr=0.4)),
+    Case("slim", scheduled(fp.fedsparse(0.1, density=0.3, epochs=2))),
+    Case("slim-conv-int8", scheduled(fp.fedsparse(0.05, density=0.3, value_type="int8")), conv, image_clients(6)),
+    Case("downlinks-conv", fp.feddropout(0.1), conv, image_clients(6)),
+]
+
+
+@dataclass(frozen=True)
+class Row:
+    """An engine, and how far it may be from the loop (0: not a bit), relatively."""
+
+    name: str
+    make: Callable[[], Engine]
+    tolerance: float = 0.0
+    worth: float = auto.WORTH
+
+
+ENGINES = [
+    Row("sequential", lambda: engines.Sequential(1)),
+    Row("workers", lambda: engines.Workers(2)),
+    Row("auto-loop", engines.Auto, worth=float("inf")),
+    Row("auto-workers", engines.Auto, worth=0.0),  # a part of the first round in the loop
+]
+
+
+@cache
+def wanted(position: int) -> fp.Result:
+    return CASES[position].run(engines.Sequential(1))
+
+
+def check(got: fp.Result, want: fp.Result, tolerance: float) -> None:
+    """Equal eta and records; within `tolerance`, those of rounding alone may differ."""
+    eta, eta_want = tree.flatten(got.eta), tree.flatten(want.eta)
+    rows, rows_want = without_seconds(got.history), without_seconds(want.history)
+    if tolerance == 0:
+        assert equal(eta, eta_want) and rows == rows_want
+        return
+    assert close(eta, eta_want, tolerance)
+    for a, b in zip(rows, rows_want, strict=True):
+        assert a.metrics == pytest.approx(b.metrics, rel=tolerance, abs=tolerance)
+        assert replace(a, metrics={}) == replace(b, metrics={})
+
+
+@pytest.mark.parametrize("engine", ENGINES, ids=lambda e: e.name)
+@pytest.mark.parametrize("position", range(len(CASES)), ids=[c.name for c in CASES])
+def test_engines_agree(position: int, engine: Row, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(auto, "WORTH", engine.worth)
+    check(CASES[position].run(engine.make()), wanted(position), engine.tolerance)
+
+
+def test_the_table_is_not_trivial() -> None:
+    """Statistics travel, clients are lost for both reasons, units go, states stay."""
+    results = [wanted(i) for i in range(len(CASES))]
+    statuses = {c.status for result in results for r in result.history for c in r.clients}
+    assert {"ok", "dropped", "late"} <= statuses
+    for case, result in zip(CASES, results, strict=True):
+        first, _ = result.algorithm.start(Objective(case.model()).params())
+        assert not equal(tree.flatten(first), tree.flatten(result.eta)), case.name
+        assert not any(r.kept_eta for r in result.history), case.name
+    slim = [r.history[-1].parameters_left for c, r in zip(CASES, results, strict=True) if c.name.startswith("slim")]
+    full = [sum(p.numel() for p in c.model().parameters()) for c in CASES if c.name.startswith("slim")]
+    assert all(left < whole for left, whole in zip(slim, full, strict=True))
+
+
+RESUMED = [
+    i for i, c in enumerate(CASES) if c.name in ("fedadam", "personal-states", "feedback-int8", "downlinks-conv")
+]
+
+
+@pytest.mark.parametrize("engine", ENGINES[1:], ids=lambda e: e.name)
+@pytest.mark.parametrize("position", RESUMED, ids=[CASES[i].name for i in RESUMED])
+def test_a_resumed_run_has_the_bits_of_the_loop(
+    position: int, engine: Row, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Stopped between checkpoints, and gone on with by the engine: what came after the checkpoint is redone."""
+    monkeypatch.setattr(auto, "WORTH", engine.worth)
+    case = CASES[position]
+
+    def stop(record: fp.Round) -> None:
+        if record.number == 3:
+            raise InterruptedError
+
+    with pytest.raises(InterruptedError):
+        case.run(engine.make(), out=tmp_path, checkpoint_every=2, on_round=stop)
+    again: list[fp.Round] = []
+    got = case.run(engine.make(), out=tmp_path, checkpoint_every=2, resume=True, on_round=again.append)
+    assert [r.number for r in again] == [3, 4]
+    check(got, wanted(position), engine.tolerance)
