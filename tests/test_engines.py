@@ -62,7 +62,8 @@ class Case:
 
 
 FEDAVG = fp.fedavg(0.1, epochs=2, batch_size=4)
-CASES = [Case(name, make(lr=0.1)) for name, make in fp.algorithms.ALGORITHMS.items()] + [
+NEEDS = {"fedbn": {"model": normed}}  # what an algorithm asks of its model
+CASES = [Case(name, make(lr=0.1), **NEEDS.get(name, {})) for name, make in fp.algorithms.ALGORITHMS.items()] + [
     Case("batch-norm", FEDAVG, normed),
     Case("dropout-layers", FEDAVG, dropping),
     Case("float64", replace(FEDAVG, codec=Dense("float64")), lambda: fp.models.mlp(4, (6,), 3).double(), DOUBLES),
@@ -123,6 +124,75 @@ def test_engines_agree(position: int, engine: Row, monkeypatch: pytest.MonkeyPat
     check(CASES[position].run(engine.make()), wanted(position), engine.tolerance)
 
 
+STACKED = {"fedavg", "fedprox", "fedavgm", "fedadagrad", "fedadam", "fedyogi", "fedhb", "learnedscale"}
+STACKED |= {"float64", "momentum-uniform"}
+
+
+@pytest.mark.parametrize("position", range(len(CASES)), ids=[c.name for c in CASES])
+def test_stacked_clients_have_the_sum_of_the_loop_or_are_refused(position: int) -> None:
+    case = CASES[position]
+    if case.name in STACKED:
+        check(case.run(engines.Stacked(3)), wanted(position), 2e-5)  # windows of 3 and 1
+        return
+    with pytest.raises(ValueError, match=r"engines\.Stacked cannot run .*Write engine=Auto"):
+        case.run(engines.Stacked(3))
+
+
+class Choosing(engines.Auto):
+    """Auto that remembers what it chose."""
+
+    chosen = ""
+
+    def map_sum(self, work: Any, indices: Any) -> Any:
+        total = super().map_sum(work, indices)
+        self.chosen = self.choice
+        return total
+
+
+@pytest.mark.parametrize(
+    ("algorithm", "model", "cohort", "stacks"),
+    [
+        (FEDAVG, lambda: fp.models.mlp(4, (6,), 3), 8, True),
+        (replace(FEDAVG, delta=True), lambda: fp.models.mlp(4, (6,), 3), 8, True),
+        (FEDAVG, lambda: fp.models.mlp(4, (6,), 3), 7, False),
+        (FEDAVG, lambda: fp.models.mlp(4, (600, 600), 3), 8, False),
+        (FEDAVG, normed, 8, False),
+        (FEDAVG, dropping, 8, False),
+        (fp.ditto(0.1), lambda: fp.models.mlp(4, (6,), 3), 8, False),
+    ],
+)
+def test_auto_stacks_what_is_tiny(algorithm: fp.Algorithm, model: Any, cohort: int, stacks: bool) -> None:
+    clients, engine = classification_clients((*SIZES, 9)), Choosing()
+    result = fp.run(algorithm, model(), clients, rounds=2, cohort=cohort, engine=engine)
+    assert engine.chosen.startswith("stacked") == stacks
+    want = fp.run(algorithm, model(), clients, rounds=2, cohort=cohort, engine=engines.Sequential(1))
+    check(result, want, 2e-5 if stacks else 0.0)
+
+
+def test_a_stack_with_a_value_that_is_not_finite_refuses_that_client_alone() -> None:
+    """Client 2 of 8 learns from an infinite example: its NaN is refused, the others count, as in the loop."""
+    clients = list(classification_clients((5,) * 8))
+    x = clients[2].train.x.clone()
+    x[0] = float("inf")
+    clients[2] = replace(clients[2], train=fp.Examples(x, clients[2].train.y))
+    results = [
+        fp.run(FEDAVG, fp.models.mlp(4, (6,), 3), clients, rounds=1, engine=engine)
+        for engine in (engines.Stacked(), engines.Sequential(1))
+    ]
+    check(results[0], results[1], 2e-5)
+    assert [c.status for c in results[0].history[0].clients] == ["ok", "ok", "rejected", *["ok"] * 5]
+
+
+def test_equal_stacked_runs_have_equal_bits_also_resumed(tmp_path: Path) -> None:
+    def go(rounds: int, **fields: Any) -> fp.Result:
+        return fp.run(FEDAVG, fp.models.mlp(4, (6,), 3), CLIENTS, rounds=rounds, engine=engines.Stacked(3), **fields)
+
+    whole = go(4, cohort=4)
+    go(2, cohort=4, out=tmp_path)
+    resumed = go(4, cohort=4, out=tmp_path, resume=True)
+    check(resumed, whole, 0.0)
+
+
 def test_the_table_is_not_trivial() -> None:
     """Statistics travel, clients are lost for both reasons, units go, states stay."""
     results = [wanted(i) for i in range(len(CASES))]
@@ -130,7 +200,10 @@ def test_the_table_is_not_trivial() -> None:
     assert {"ok", "dropped", "late"} <= statuses
     for case, result in zip(CASES, results, strict=True):
         first, _ = result.algorithm.start(Objective(case.model()).params())
-        assert not equal(tree.flatten(first), tree.flatten(result.eta)), case.name
+        if first:  # local training shares nothing: its work is in the clients' states
+            assert not equal(tree.flatten(first), tree.flatten(result.eta)), case.name
+        else:
+            assert any(result.store.load(i) for i in range(len(case.clients))), case.name
         assert not any(r.kept_eta for r in result.history), case.name
     slim = [r.history[-1].parameters_left for c, r in zip(CASES, results, strict=True) if c.name.startswith("slim")]
     full = [sum(p.numel() for p in c.model().parameters()) for c in CASES if c.name.startswith("slim")]

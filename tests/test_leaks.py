@@ -33,6 +33,7 @@ ALGORITHMS = {"fedavg": fp.fedavg(0.01), "topk": fp.topk(0.01, 0.2), "fedsparse"
 ENGINES: dict[str, Callable[[], Engine]] = {
     "sequential": lambda: engines.Sequential(1),
     "workers": lambda: engines.Workers(2),
+    "stacked": lambda: engines.Stacked(),
 }
 
 

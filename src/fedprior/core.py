@@ -18,7 +18,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import accumulate
+from functools import cached_property
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 import torch
@@ -113,31 +113,36 @@ class Client:
 
 @dataclass(frozen=True)
 class Gathered:
-    """Several clients' training examples, one after the other.
+    """Where several clients' training examples are.
 
     Attributes:
-        indices: the clients, by position in the population.
+        indices: the clients' own.
         names: theirs.
-        sizes: how many examples each has.
-        examples: all of them; client c's begin at starts[c].
+        examples: theirs, and maybe others.
+        where: positions of each client's examples among `examples`.
     """
 
     indices: Sequence[int]
     names: Sequence[str]
-    sizes: Sequence[int]
     examples: Examples
+    where: Sequence[Tensor]
 
-    @property
-    def starts(self) -> list[int]:
-        """Where each client's examples begin."""
-        return [0, *accumulate(self.sizes)][:-1]
+    @cached_property
+    def sizes(self) -> list[int]:
+        """How many examples each client has."""
+        return [own.shape[0] for own in self.where]  # len(own) is slow
+
+    def part(self, rows: Sequence[int]) -> Gathered:
+        """Some of the clients."""
+        indices, names = [self.indices[r] for r in rows], [self.names[r] for r in rows]
+        return Gathered(indices, names, self.examples, [self.where[r] for r in rows])
 
 
 @runtime_checkable
 class Population(Protocol):
     """A lazy sequence of clients: `population[i]` gathers the examples of client i when asked.
 
-    Optional: `gather(indices) -> Gathered`, several clients at once.
+    Optional: `gather(indices) -> Gathered`, several clients at once, and no copy of their examples.
     """
 
     def __len__(self) -> int: ...

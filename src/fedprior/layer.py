@@ -12,9 +12,8 @@ from typing import Any, Protocol
 
 from fedprior.algorithm import Algorithm
 from fedprior.core import Eta, Params, Schema, Stats
-from fedprior.engines import Auto, Sequential, Workers
 from fedprior.objective import Objective
-from fedprior.records import ClientRecord
+from fedprior.records import ClientRecord, Round
 
 
 @dataclass(frozen=True)
@@ -32,6 +31,22 @@ class Finished:
     why: str
     records: tuple[ClientRecord, ...]
     info: dict[str, float] = field(default_factory=dict)
+
+    def round(self, number: int, parameters_left: int, seconds: float, broadcast: float, kept_eta: str) -> Round:
+        """The round's record; `broadcast` is the seconds that encoding eta took, `kept_eta` as in the record."""
+        return Round(
+            number=number,
+            bytes_down=sum(c.bytes_down for c in self.records),
+            bytes_up=sum(c.bytes_up for c in self.records),
+            parameters_left=parameters_left,
+            seconds=seconds,
+            seconds_evaluate=0.0,
+            clients=self.records,
+            kept_eta=kept_eta,
+            layer=self.info,
+            seconds_train=sum(c.seconds for c in self.records),
+            seconds_wire=broadcast + sum(c.seconds_wire for c in self.records),
+        )
 
 
 class Layer(Protocol):
@@ -114,6 +129,8 @@ def plan(setting: Setting, eta: Eta, objective: Objective, engine: Any, rounds: 
         rounds: of the whole run.
         population: how many clients there are.
     """
+    from fedprior.engines import Auto, Sequential, Workers  # which import round.py, and that this module
+
     algorithm, cohort = setting.algorithm, setting.cohort
     if algorithm.layered and not isinstance(engine, Sequential | Workers | Auto):
         raise ValueError(

@@ -25,6 +25,7 @@ class Progress:
         self._bytes = sum(r.bytes_up + r.bytes_down for r in done)
         self._bar: Any = None
         self._task: Any = None
+        self._told = ""
 
     def __enter__(self) -> Progress:
         if self._show:
@@ -38,8 +39,11 @@ class Progress:
             self._task = self._bar.add_task(self._name, total=self._rounds, completed=self._done, seen="")
         return self
 
-    def update(self, record: Round) -> None:
-        """One more round."""
+    def update(self, record: Round, choice: str = "") -> None:
+        """One more round; `choice`, what the engine chose and why, is told when it changes."""
+        if self._bar is not None and choice and choice != self._told:
+            self._bar.console.print(f"{self._name}: {choice}", highlight=False)
+            self._told = choice
         self._bytes += record.bytes_up + record.bytes_down
         if self._bar is not None:
             seen = " ".join(f"{k} {v:.4f}" for k, v in record.metrics.items())

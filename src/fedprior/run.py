@@ -111,7 +111,7 @@ def run(
                     _checkpoint(folder, loop, state)
             else:
                 state.store.commit(state.number)
-            bar.update(record)
+            bar.update(record, getattr(engine, "choice", ""))
             if on_round is not None:
                 on_round(record)
     return Result(loop.algorithm, loop.objective, state.eta, history, some_inputs(clients, test), state.store, device)
@@ -247,19 +247,7 @@ class _Loop:
         eta, server, kept = self._m_step(state, done)
         seconds = time.perf_counter() - started
         deployed, params = self.algorithm.deploy(eta, self.objective)
-        record = Round(
-            number=number,
-            bytes_down=sum(c.bytes_down for c in done.records),
-            bytes_up=sum(c.bytes_up for c in done.records),
-            parameters_left=deployed.count(params),
-            seconds=seconds,
-            seconds_evaluate=0.0,
-            clients=done.records,
-            kept_eta=kept,
-            seconds_train=sum(c.seconds for c in done.records),
-            seconds_wire=broadcast + sum(c.seconds_wire for c in done.records),
-            layer=done.info,
-        )
+        record = done.round(number, deployed.count(params), seconds, broadcast, kept)
         return _State(number, eta, server, state.store), record
 
     def evaluated(self, record: Round, state: _State, test: Examples) -> Round:

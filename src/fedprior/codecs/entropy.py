@@ -45,7 +45,7 @@ def longest_coded(entropy: str, longest: int) -> int:
     return longest if entropy == "none" else longest + longest // 256 + 64
 
 
-def shrink(entropy: str, body: bytes | memoryview) -> bytes | memoryview:
+def shrink(entropy: str, body: bytes) -> bytes:
     """The body as it travels."""
     if entropy == "zlib":
         return min((_deflate(body, strategy) for strategy in _STRATEGIES), key=len)
@@ -63,7 +63,7 @@ def expand(entropy: str, body: memoryview, longest: int) -> bytes | memoryview:
     return body
 
 
-def _deflate(body: bytes | memoryview, strategy: int) -> bytes:
+def _deflate(body: bytes, strategy: int) -> bytes:
     stream = zlib.compressobj(strategy=strategy)
     return stream.compress(body) + stream.flush()
 

@@ -79,7 +79,7 @@ class Frame:
     def _code(self) -> int:
         return VALUE_TYPES[self.value_type] | entropy.ENTROPIES[self.entropy] << 8
 
-    def pack(self, schema: Schema, clients: float, body: bytes | memoryview) -> bytes:
+    def pack(self, schema: Schema, clients: float, body: bytes) -> bytes:
         """Header and body."""
         body = entropy.shrink(self.entropy, body)
         fields = _FIELDS.pack(MAGIC, VERSION, self.codec, self._code, schema_hash(schema), clients, len(body))

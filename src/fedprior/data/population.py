@@ -46,14 +46,11 @@ class Partition:
         return Client(i, self.name(i), self.examples.take(mine[:train]), held_out)
 
     def gather(self, indices: Sequence[int]) -> Gathered:
-        """The training examples of several clients, in one copy."""
+        """The training examples of several clients: where they are."""
         own = [_checked(i, len(self)) for i in indices]
-        bounds = self.offsets[torch.tensor([own, [i + 1 for i in own]])].tolist()
-        ends = [end - self._held(end - start) for start, end in zip(*bounds, strict=True)]
-        where = torch.cat([self.index[start:end] for start, end in zip(bounds[0], ends, strict=True)])
-        sizes = [end - start for start, end in zip(bounds[0], ends, strict=True)]
-        x, y = self.examples.x.index_select(0, where), self.examples.y.index_select(0, where)
-        return Gathered(own, [self.name(i) for i in own], sizes, Examples(x, y))
+        starts, ends = self.offsets[torch.tensor([own, [i + 1 for i in own]])].tolist()
+        where = [self.index[a : b - self._held(b - a)] for a, b in zip(starts, ends, strict=True)]
+        return Gathered(own, [self.name(i) for i in own], self.examples, where)
 
     def __iter__(self) -> Iterator[Client]:
         return (self[i] for i in range(len(self)))

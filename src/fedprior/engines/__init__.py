@@ -6,6 +6,7 @@ from fedprior.core import Engine
 from fedprior.engines.auto import Auto
 from fedprior.engines.ranks import RankError, launched, leads
 from fedprior.engines.sequential import Sequential
+from fedprior.engines.stacked import Stacked
 from fedprior.engines.torchrun import TorchRun
 from fedprior.engines.workers import WorkerError, Workers
 
@@ -14,6 +15,7 @@ __all__ = [
     "Auto",
     "RankError",
     "Sequential",
+    "Stacked",
     "TorchRun",
     "WorkerError",
     "Workers",
@@ -26,6 +28,7 @@ ENGINES: Mapping[str, Callable[[], Engine]] = {
     "auto": lambda: usual(),
     "sequential": Sequential,
     "workers": Workers,
+    "stacked": Stacked,
     "torchrun": TorchRun,
 }
 """By the names that the command line and [run] have for them."""

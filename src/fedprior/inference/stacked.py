@@ -15,6 +15,7 @@ Not everything can be stacked: see `why_not`.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import accumulate
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -41,6 +42,7 @@ def why_not(objective: Objective, prior: Any, x: Tensor, y: Tensor) -> str:
     if slow := [type(m).__name__ for m in objective.model.modules() if isinstance(m, SLOW)]:
         return f"stacked {slow[0]} layers are slow"
     phi = {k: v.expand(2, *v.shape) for k, v in objective.params().items()}
+    objective.train()
     try:
         _gradients(objective, phi, x[:1].expand(2, *x[:1].shape), y[:1].expand(2, *y[:1].shape), None)
     except RuntimeError as error:  # vmap's answer to layers that draw, or decide by their data
@@ -53,14 +55,17 @@ def e_steps(
 ) -> Params:
     """The parameters after a few epochs from the prior's point, each of shape (clients, ...)."""
     objective.train()
-    start = prior.point(eta)
-    phi = {k: v.new_empty(len(data.sizes), *v.shape) for k, v in start.items()}
-    for rows in _equal_steps(data.sizes, point.batch_size):
-        stack = {k: v.detach().expand(len(rows), *v.shape).clone() for k, v in start.items()}
-        _train(point, objective, prior, eta, data, rows, [rngs[r] for r in rows], stack)
-        for k, v in stack.items():
-            phi[k][rows] = v
-    return phi
+    start, groups = prior.point(eta), _equal_steps(data.sizes, point.batch_size)
+    for rng in rngs:
+        module_seed(rng)  # as the plain loop does, for layers that draw: there are none here
+    stacks = []
+    for rows in groups:
+        stacks.append({k: v.detach().expand(len(rows), *v.shape).clone() for k, v in start.items()})
+        _train(point, objective, prior, eta, data.part(rows), [rngs[r] for r in rows], stacks[-1])
+    if len(groups) == 1:
+        return stacks[0]
+    place = torch.tensor([row for rows in groups for row in rows]).argsort()
+    return {k: torch.cat([stack[k] for stack in stacks])[place.to(v.device)] for k, v in start.items()}
 
 
 def _equal_steps(sizes: Sequence[int], batch_size: int | None) -> list[list[int]]:
@@ -78,23 +83,20 @@ def _train(
     prior: Prior,
     eta: Eta,
     data: Gathered,
-    rows: Sequence[int],
     rngs: Sequence[torch.Generator],
     phi: Params,
 ) -> None:
-    """Change `phi` in place: all epochs of the clients at `rows`."""
-    sizes = torch.tensor([data.sizes[r] for r in rows])
-    count = sizes.to(next(iter(phi.values())))
+    """Change `phi` in place: all epochs of the clients."""
+    like, sizes = next(iter(phi.values())), data.sizes
+    count = torch.tensor(sizes).to(like)
     term = _prior_term(prior, eta)
     velocity: Params = {}
-    for rng in rngs:
-        module_seed(rng)  # as the plain loop does, for layers that draw: there are none here
     for _ in range(point.epochs):
-        examples, here = _shuffled(data, rows, rngs)
+        examples, here = _shuffled(data, rngs, like.device)
         start = 0
-        for size in batch_sizes(int(sizes.max()), point.batch_size):
+        for size in batch_sizes(max(sizes), point.batch_size):
             part = slice(start, start + size)
-            weight = None if here is None or bool(here[:, part].all()) else here[:, part].to(count)
+            weight = None if here is None or bool(here[:, part].all()) else here[:, part].to(like)
             gradient = _gradients(objective, phi, examples.x[:, part], examples.y[:, part], weight)
             if term is not None:
                 gradient = tree.map(lambda g, p: g + p, gradient, _pull(term, objective, phi, count))
@@ -102,19 +104,22 @@ def _train(
             start += size
 
 
-def _shuffled(data: Gathered, rows: Sequence[int], rngs: Sequence[torch.Generator]) -> tuple[Examples, Tensor | None]:
+def _shuffled(data: Gathered, rngs: Sequence[torch.Generator], device: Any) -> tuple[Examples, Tensor | None]:
     """The clients' examples, each in an order of its own, (clients, largest, ...); which of them are no padding."""
-    sizes = [data.sizes[r] for r in rows]
+    sizes, here = data.sizes, None
     orders = [torch.randperm(size, generator=rng) for size, rng in zip(sizes, rngs, strict=True)]
-    starts = torch.tensor([data.starts[r] for r in rows])
+    starts = torch.tensor([0, *accumulate(sizes)][:-1])[:, None]
     if min(sizes) == max(sizes):
-        index, here = starts[:, None] + torch.stack(orders), None
+        index = torch.stack(orders) + starts
     else:
-        index = starts[:, None] + nn.utils.rnn.pad_sequence(orders, batch_first=True)
-        here = torch.arange(max(sizes)) < torch.tensor(sizes)[:, None]
-    flat, device = index.flatten().to(data.examples.x.device), data.examples.x.device
-    x, y = (v.index_select(0, flat).unflatten(0, index.shape) for v in (data.examples.x, data.examples.y))
-    return Examples(x, y), None if here is None else here.to(device)
+        index = nn.utils.rnn.pad_sequence(orders, batch_first=True) + starts  # padded with a client's first example
+        here = (torch.arange(max(sizes)) < torch.tensor(sizes)[:, None]).to(device)
+    index = torch.cat(tuple(data.where))[index]
+    x, y = (
+        v.index_select(0, index.flatten().to(v.device)).unflatten(0, index.shape).to(device)
+        for v in (data.examples.x, data.examples.y)
+    )
+    return Examples(x, y), here
 
 
 def _gradients(objective: Objective, phi: Params, x: Tensor, y: Tensor, weight: Tensor | None) -> Params:

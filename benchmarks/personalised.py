@@ -1,0 +1,214 @@
+"""Personalised accuracy of all algorithms with the same small tuning budget.
+
+    python benchmarks/personalised.py run --out personalised --setting labels --seeds 1      # goes on where it stopped
+    python benchmarks/personalised.py run --out personalised --only fedavg,ditto --seeds 1,2,3
+    python benchmarks/personalised.py table --out personalised                               # Markdown, of what has run
+
+Setting "labels": Fashion-MNIST, 100 clients with at most 5 labels each (5 shards); "skewed": Dirichlet(0.1); an MLP
+784-100-10, for fedbn with a batch norm after its hidden layer, cohort 10, one local epoch, batch 20, 50 rounds.
+"shakespeare": 504 roles as clients, a causal transformer of one block, batch 4, 20 rounds.
+
+A fifth of every client's examples is its test set. The learning rate is the one of three with the highest mean accuracy
+after adapting on a validation set, a fifth of the rest, in runs of half as many rounds with the same seed, which do not
+see the test set. All other arguments are the constructors' defaults, which were not tuned. `before` is the model that a
+client receives (with its own parameters, if it has any), `after` what it predicts with when it has adapted to its
+training examples (Result.personal). Means and deciles are over clients, of the first 100.
+"""
+
+from __future__ import annotations
+
+import argparse
+import inspect
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from pareto import slug  # benchmarks/pareto.py
+from tables import Row, mean, percent  # benchmarks/tables.py
+from torch import nn
+
+import fedprior as fp
+from fedprior.core import Population
+from fedprior.data.population import LazyPopulation
+from fedprior.metrics import over_clients
+from fedprior.rng import generator
+
+HELD_OUT, LIMIT = 0.2, 100
+
+
+@dataclass(frozen=True)
+class Setting:
+    """Data and a model.
+
+    Attributes:
+        data: seed -> clients with held-out examples.
+        model: (name of the algorithm, seed) -> its first model.
+        rounds: of a run; tuning has half as many.
+        batch_size: of all algorithms.
+        rates: learning rates to choose from.
+    """
+
+    data: Callable[[int], Population]
+    model: Callable[[str, int], nn.Module]
+    rounds: int
+    batch_size: int
+    rates: tuple[float, ...]
+
+
+def fashion(scheme: str, seed: int) -> Population:
+    train, _ = fp.data.load("fashion-mnist")
+    if scheme == "labels":
+        return fp.data.shards(train, clients=100, shards_per_client=5, seed=seed, holdout=HELD_OUT)
+    return fp.data.dirichlet(train, clients=100, alpha=0.1, seed=seed, holdout=HELD_OUT)
+
+
+def shakespeare(seed: int) -> Population:
+    train, _ = fp.data.load("shakespeare", stride=80, every=True)
+    return fp.data.by_key(train, seed=seed, holdout=HELD_OUT)
+
+
+def perceptron(name: str, seed: int) -> nn.Module:
+    layers = [*fp.models.mlp(784, (100,), seed=seed)]
+    return nn.Sequential(*layers[:2], *([nn.BatchNorm1d(100)] if name == "fedbn" else []), *layers[2:])
+
+
+def transformer(name: str, seed: int) -> nn.Module:
+    return fp.models.char_transformer(80, depth=1, every=True, seed=seed)
+
+
+SETTINGS = {
+    "labels": Setting(partial(fashion, "labels"), perceptron, 50, 20, (0.01, 0.04, 0.16)),
+    "skewed": Setting(partial(fashion, "skewed"), perceptron, 50, 20, (0.01, 0.04, 0.16)),
+    "shakespeare": Setting(shakespeare, transformer, 20, 4, (0.0025, 0.005, 0.01)),
+}
+
+
+def validated(clients: Population) -> LazyPopulation:
+    """The same clients without their test sets: a part of what they train on is held out instead."""
+
+    def make(index: int) -> fp.Client:
+        client = clients[index]
+        order = torch.randperm(len(client.train), generator=generator(0, index, "validation"))
+        held = int(HELD_OUT * len(order))
+        parts = client.train.take(order[held:]), client.train.take(order[:held]) if held else None
+        return fp.Client(index, client.name, *parts)
+
+    return LazyPopulation(len(clients), make)
+
+
+def made(name: str, setting: Setting, lr: float, clients: int) -> fp.Algorithm:
+    """The algorithm with its defaults; some ask how many clients there are."""
+    make = fp.ALGORITHMS[name]
+    count = {"clients": clients} if "clients" in inspect.signature(make).parameters else {}
+    return make(lr=lr, batch_size=setting.batch_size, **count)
+
+
+def measure(setting: str, name: str, seed: int, lr: float, tuning: bool) -> Row:
+    """One run's numbers."""
+    common, clients = SETTINGS[setting], SETTINGS[setting].data(seed)
+    result = fp.run(
+        made(name, common, lr, len(clients)),
+        common.model(name, seed),
+        validated(clients) if tuning else clients,
+        rounds=common.rounds // 2 if tuning else common.rounds,
+        cohort=10,
+        seed=seed,
+        engine=fp.engines.Sequential(1),
+        progress=False,
+    )
+    rows = [r for r in result.personalised(validated(clients) if tuning else clients, LIMIT) if r["on"] == "held_out"]
+    numbers = {key: value for key, spread in over_clients(rows).items() for key, value in flat(key, spread)}
+    more = {"mb": (result.bytes_up + result.bytes_down) / 1e6, "seconds": result.seconds, "clients": len(rows)}
+    return {"setting": setting, "name": name, "seed": seed, "lr": lr} | more | numbers
+
+
+def flat(key: str, spread: dict[str, float]) -> list[tuple[str, float]]:
+    return [(key, spread["mean"]), (f"{key}_worst_decile", spread["worst_decile"])]
+
+
+def remembered(path: Path, make: Callable[[], Row]) -> Row:
+    """The numbers in `path`, which are made and written first if there are none."""
+    if not path.exists():
+        part = path.with_suffix(".part")
+        part.write_text(json.dumps(make(), indent=1))
+        part.replace(path)
+    return json.loads(path.read_text())
+
+
+def one(out: Path, setting: str, name: str, seed: int) -> None:
+    """One algorithm with one seed, tuned first if it has not been."""
+    torch.set_num_threads(1)
+    (out / "tuning").mkdir(parents=True, exist_ok=True)
+    tuned = [
+        remembered(
+            out / "tuning" / f"{slug(setting, name, seed)}-{lr:g}.json",
+            partial(measure, setting, name, seed, lr, True),
+        )
+        for lr in SETTINGS[setting].rates
+    ]
+    best = max(tuned, key=lambda r: r["after_accuracy"])
+    row = remembered(
+        out / f"{slug(setting, name, seed)}.json", partial(measure, setting, name, seed, best["lr"], False)
+    )
+    print(f"{setting}: {name}, seed {seed}, lr {row['lr']}: {100 * row['after_accuracy']:.2f} %", flush=True)
+
+
+def run(options: argparse.Namespace) -> None:
+    """Every algorithm in a process of its own; those that fail are named at the end."""
+    names, failed = options.only.split(",") if options.only else list(fp.ALGORITHMS), []
+    for seed in options.seeds.split(","):
+        for name in names:
+            if (options.out / f"{slug(options.setting, name, int(seed))}.json").exists():
+                continue
+            own = ["--out", str(options.out), "--setting", options.setting, "--only", name, "--seeds", seed]
+            environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+            if subprocess.run([sys.executable, __file__, "one", *own], env=environment).returncode:
+                failed.append(f"{name}, seed {seed}")
+    if failed:
+        raise SystemExit(f"failed: {'; '.join(failed)}")
+
+
+def table(rows: Sequence[Row]) -> list[str]:
+    """Means over seeds and, in brackets, largest minus smallest; the best `after` first."""
+    names: dict[str, list[Row]] = {}
+    for row in rows:
+        names.setdefault(row["name"], []).append(row)
+    columns = ["accuracy before, %", "after, %", "worst decile, %", "nats before", "nats after", "ECE after, %", "MB"]
+    lines = [f"| algorithm | seeds | lr | {' | '.join(columns)} |", "|" + "---|" * (3 + len(columns))]
+    for name, mine in sorted(names.items(), key=lambda item: -mean(item[1], "after_accuracy")):
+        cells: list[Any] = [name, ", ".join(str(r["seed"]) for r in mine), ", ".join(f"{r['lr']:g}" for r in mine)]
+        cells += [percent(mine, key) for key in ("before_accuracy", "after_accuracy")]
+        cells += [percent(mine, "after_accuracy_worst_decile")]
+        cells += [f"{mean(mine, key):.3f}" for key in ("before_nats", "after_nats")]
+        cells += [percent(mine, "after_calibration_error"), f"{mean(mine, 'mb'):,.1f}"]
+        lines.append(f"| {' | '.join(cells)} |")
+    return lines
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("command", choices=["run", "one", "table"])
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--setting", choices=list(SETTINGS), default="labels")
+    parser.add_argument("--only", default="")
+    parser.add_argument("--seeds", default="1")
+    options = parser.parse_args()
+    if options.command == "run":
+        return run(options)
+    if options.command == "one":
+        return one(options.out, options.setting, options.only, int(options.seeds))
+    for setting in SETTINGS:
+        rows = [json.loads(path.read_text()) for path in sorted(options.out.glob(f"{setting}-*.json"))]
+        if rows:
+            print("\n".join([f"## {setting}", "", *table(rows), ""]))
+
+
+if __name__ == "__main__":
+    main()
