@@ -97,6 +97,20 @@ def test_all_bytes_of_the_protocol_are_counted() -> None:
         assert a.bytes_down == b.bytes_down + n * (index + keys) + boxes + request
 
 
+def test_fedsparse_stays_small_under_masks() -> None:
+    """Entries of removed units are not sent, and what is removed is what an open run removes."""
+    model = fp.models.mlp(4, (40,), 3)
+    sparse = replace(fp.fedsparse(lr=0.1, density=0.3), weighting="uniform")
+    hidden = replace(sparse, secure=SecureSum(bound={"phi": 4.0, "gain": 1e4, "clients": 1.0}))
+    a, b = (fp.run(x, model, CLIENTS, rounds=6, engine=engines.Sequential()) for x in (sparse, hidden))
+    assert [r.parameters_left for r in a.history] == [r.parameters_left for r in b.history]
+    assert close(a.params, b.params, 1e-3)
+    saved = b.history[0].bytes_up - b.history[-1].bytes_up
+    units = (a.history[0].parameters_left - a.history[-1].parameters_left) // 8  # 4 weights in, a bias, 3 weights out
+    assert units > 0
+    assert saved == len(CLIENTS) * 4 * units * (8 + 1)  # and a gain
+
+
 REFUSED = {
     "top-k": (lambda: replace(fp.algorithms.topk(0.1), weighting="uniform", secure=SecureSum()), "TopK"),
     "own etas": (lambda: replace(fp.feddropout(0.1), secure=SecureSum()), "upload by itself"),
@@ -109,6 +123,15 @@ REFUSED = {
     "bits": (lambda: go(replace(PLAIN, secure=SecureSum(bits=8))), "bits must be one of"),
     "delta": (lambda: go(replace(PLAIN, privacy=Privacy(1.0, delta=0.5))), "delta=0.5"),
     "one round too dear": (lambda: go(replace(PLAIN, privacy=Privacy(0.1, 0.5))), "give more noise"),
+    "running means": (
+        lambda: fp.run(
+            replace(PLAIN, privacy=Privacy(1.0, delta=0.01)),
+            torch.nn.Sequential(torch.nn.Linear(4, 3), torch.nn.BatchNorm1d(3)),
+            CLIENTS,
+            rounds=1,
+        ),
+        "GroupNorm",
+    ),
     "stacked": (lambda: go(SECURE, engine=engines.stacked.Stacked()), "one by one"),
 }
 
