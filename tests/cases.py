@@ -140,6 +140,10 @@ def site(case: Case, rng: torch.Generator) -> posteriors.Site:
     return posteriors.Site(uniform(rng, case.params, 0.1, 2.0), normal(rng, case.params))
 
 
+def taught(case: Case, rng: torch.Generator) -> posteriors.Distilled:
+    return posteriors.Distilled(normal(rng, case.params), normal(rng, case.params))
+
+
 def bound(prior: Any, model: nn.Module, x: Tensor) -> dict[str, Any]:
     return {"prior": prior.bind(model, x), "params": Objective(model).params()}
 
@@ -177,6 +181,7 @@ PRIORS = [
     Case("learned-scale-of-the-library", priors.LearnedScale(1e-9), PLAIN, diagonal),
     Case("laplace", priors.ScaleMixture("laplace"), PLAIN, scaled, e_step=inference.Reweighted(0.1)),
     Case("horseshoe", priors.ScaleMixture("horseshoe"), PLAIN, scaled, e_step=inference.Reweighted(0.1)),
+    Case("distilled", priors.Distilled(), PLAIN, taught, curved=False, e_step=inference.Langevin(0.1, 0.1)),
     Case("sites", priors.Sites(0.5), PLAIN, site, e_step=inference.Sites()),
     Case("feddyn-2", priors.FedDyn(2.0), PLAIN, tilted, e_step=inference.Tilted(0.1)),
 ]

@@ -13,6 +13,7 @@ import torch
 import fedprior as fp
 from cases import equal, without_seconds
 from fedprior import checkpoint, records, report, tree
+from fedprior.store import DiskStore
 
 pytest.importorskip("flwr", reason="federations need flwr, in an environment of its own: make test-flower")
 
@@ -27,6 +28,8 @@ ALGORITHMS = [
     fp.feddropout(0.1),
     fp.fedsparse(0.1, density=0.3),
     replace(fp.fedsparse(0.1, lambda_0=0.3, gate_lr=0.4), name="fedsparse-gated"),
+    fp.fedper(0.1),
+    replace(fp.topk(0.1, 0.2), prior=fp.fedper(0.1).prior, name="fedper-topk"),
 ]
 algorithms = pytest.mark.parametrize("algorithm", ALGORITHMS, ids=lambda a: a.name)
 
@@ -50,7 +53,7 @@ def test_the_folder_is_that_of_a_run(tmp_path: Path) -> None:
     assert report.write(out).stat().st_size > 1000
 
 
-@pytest.mark.parametrize("algorithm", [ALGORITHMS[0], ALGORITHMS[3]], ids=lambda a: a.name)
+@pytest.mark.parametrize("algorithm", [ALGORITHMS[0], ALGORITHMS[3], *ALGORITHMS[-2:]], ids=lambda a: a.name)
 @pytest.mark.parametrize("crash", [False, True], ids=["stopped", "crashed"])
 def test_a_resumed_federation_has_the_bits_of_one_that_was_never_stopped(
     algorithm: fp.Algorithm, crash: bool, tmp_path: Path
@@ -153,9 +156,15 @@ def test_a_run_key_is_no_path(tmp_path: Path) -> None:
 
 
 def test_states_are_kept_by_run_and_client(tmp_path: Path) -> None:
-    federated(fp.topk(0.1, 0.2), tmp_path, cohort=0)
+    federated(ALGORITHMS[-1], tmp_path, cohort=0)
     key = json.loads((tmp_path / "out" / "federation.json").read_text())["run"]
     folders = {path.name for path in (tmp_path / "states" / key).iterdir()}
     assert folders == {f"client-{c.index}" for c in CLIENTS}
+    want = simulated(ALGORITHMS[-1], cohort=None).store
+    for client in CLIENTS:
+        mine = DiskStore(tmp_path / "states" / key / f"client-{client.index}").load(client.index)
+        theirs = want.load(client.index)
+        assert mine is not None and theirs is not None and equal(mine, theirs)
+        assert {name.split("/")[0] for name in mine} == {"kept", "residual"}
     federated(ALGORITHMS[0], tmp_path / "other")
     assert not (tmp_path / "other" / "states").exists()

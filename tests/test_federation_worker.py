@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -83,6 +84,29 @@ def test_one_process_answers_all_messages_and_ends_with_its_supernode(task: Path
     (pid,) = (task / "pids").read_text().split()
     assert int(pid) != os.getpid() and ended(int(pid))
     assert not list(Path(tempfile.gettempdir()).glob("*/*.sock"))
+
+
+def test_a_worker_that_is_killed_changes_no_bit(task: Path, monkeypatch) -> None:
+    """While it answers: the message is asked again of a new one, from the same states."""
+    monkeypatch.setattr(os, "getppid", os.getpid)
+    sent = resident.send
+    asked = 0
+
+    def killing(connection: socket.socket, head: dict, blob: bytes) -> None:
+        nonlocal asked
+        asked += 1
+        sent(connection, head, blob)
+        if asked in (2, 4):
+            os.kill(int((task / "pids").read_text().split()[-1]), signal.SIGKILL)
+
+    monkeypatch.setattr(resident, "send", killing)
+    engine = GridEngine(LocalGrid(resident_app("a_task:node"), 1), 1, seconds=60)
+    roster = Roster(len(CLIENTS), CLIENTS[0].train)
+    got = fp.run(FEDAVG, MODEL, roster, rounds=3, engine=engine)
+    os.kill(int((task / "pids").read_text().split()[-1]), signal.SIGKILL)
+    want = fp.run(FEDAVG, MODEL, own(0, 1), rounds=3, engine=fp.engines.Sequential(1))
+    assert equal(tree.flatten(got.eta), tree.flatten(want.eta)) and not any(r.lost() for r in got.history)
+    assert asked == 6 and len((task / "pids").read_text().split()) == 3
 
 
 def test_a_worker_that_cannot_start_says_why(task: Path) -> None:

@@ -47,9 +47,9 @@ def points(count: int = 7) -> Tensor:
     return phi
 
 
-def settle(prior: priors.ScaleMixture, phi: Tensor, steps: int = 400) -> Tensor:
-    """M-steps with posteriors that stay where they are."""
-    eta = prior.init({"w": phi.mean(0)})
+def settle(prior: priors.ScaleMixture, phi: Tensor, steps: int = 400, start: Tensor | None = None) -> Tensor:
+    """M-steps with posteriors that stay where they are, from their mean or from `start`."""
+    eta = prior.init({"w": phi.mean(0) if start is None else start})
     for _ in range(steps):
         qs = [posteriors.Scaled({"w": row}, prior.confidence(eta, {"w": row})) for row in phi]
         eta = prior.m_step(eta, total([prior.stats(q) for q in qs]).only(prior.uplink))
@@ -65,10 +65,11 @@ def test_laplace_settles_at_the_median() -> None:
 
 
 def test_a_horseshoe_gives_up_on_an_outlier() -> None:
-    """An outlier at 50 moves the mean of seven clients by 7, and the centre by less than half."""
+    """An outlier at 50 moves the mean of seven clients by 7, the centre by less than half; both from one start."""
     prior, phi = priors.ScaleMixture("horseshoe", 1.0, 0.1), points()
-    moved = settle(prior, phi) - settle(prior, torch.cat([phi[1:2], phi[1:]]))
-    assert moved.abs().max() < 0.5 < 5 < (phi.mean(0) - torch.cat([phi[1:2], phi[1:]]).mean(0)).abs().min()
+    start = phi[1:].median(0).values
+    moved = settle(prior, phi, start=start) - settle(prior, phi[1:], start=start)
+    assert moved.abs().max() < 0.5 < 5 < (phi.mean(0) - phi[1:].mean(0)).abs().min()
 
 
 def explicit(kind: str, b: float, smooth: float) -> Callable[[Any, fp.Params], Tensor]:

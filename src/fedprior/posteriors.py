@@ -179,3 +179,24 @@ class Site:
 
     precision: Params
     shift: Params
+
+
+@dataclass(frozen=True)
+class Distilled:
+    """A sample of a posterior, and a model that predicts what many samples do.
+
+    Attributes:
+        phi: the sample (the teacher), shapes as the parameters.
+        student: shapes as the parameters.
+    """
+
+    phi: Params
+    student: Params
+
+    def mean(self) -> Params:
+        """The sample."""
+        return self.phi
+
+    def second_moment(self) -> Params:
+        """The sample's squares, elementwise."""
+        return tree.map(torch.square, self.phi)

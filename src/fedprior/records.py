@@ -104,11 +104,15 @@ def warning(history: Sequence[Round]) -> str:
 def write_atomically(path: Path, data: bytes) -> None:
     """All of the file or none of it, also when the machine dies: a neighbour, synced and renamed."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    with temporary.open("wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
+    try:
+        with temporary.open("wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    except OSError as error:  # a full disk: Python does not say of which file
+        temporary.unlink(missing_ok=True)
+        raise OSError(error.errno, f"{error.strerror}, while writing {len(data)} bytes", str(path)) from error
     folder = os.open(path.parent, os.O_RDONLY)
     try:
         os.fsync(folder)
@@ -129,12 +133,15 @@ class RecordFile:
         if [r.number for r in self.rounds] != list(range(1, last + 1)):
             raise ValueError(f"{path} does not have one record for each of the {last} rounds of the checkpoint")
         write_atomically(path, "".join(r.to_json() + "\n" for r in self.rounds).encode())
-        self._file = path.open("a", encoding="utf-8")
+        self._path, self._file = path, path.open("a", encoding="utf-8")
 
     def append(self, record: Round) -> None:
         """Write one round."""
-        self._file.write(record.to_json() + "\n")
-        self._file.flush()
+        try:
+            self._file.write(record.to_json() + "\n")
+            self._file.flush()
+        except OSError as error:
+            raise OSError(error.errno, f"{error.strerror}, in round {record.number}", str(self._path)) from error
 
     def sync(self) -> None:
         """Return when all rounds are on the disk."""

@@ -19,6 +19,7 @@ from fedprior.algorithms.bayesian import (
     pvi,
     scaffold,
 )
+from fedprior.algorithms.distilled import apqn, decoupled, fedppd, kure, mqat, pfedbred
 from fedprior.algorithms.personal import ditto, fedbn, fedper, fedrep, local, pfedme
 from fedprior.algorithms.smaller import feddropout, fedsparse, grouplasso, topk
 
@@ -26,12 +27,15 @@ _AVERAGING = (fedavg, fedprox, fedavgm, fedadagrad, fedadam, fedyogi)
 _SMALLER = (fedsparse, feddropout, grouplasso, topk)
 _BAYESIAN = (scaffold, feddyn, fola, fedhb, learnedscale, laplace, horseshoe, fedpa, pvi, fedep, fedsep)
 _PERSONAL = (local, fedper, fedrep, fedbn, pfedme, ditto)
+_DISTILLED = (pfedbred, fedppd, kure, apqn, mqat, decoupled)
 ALGORITHMS: Mapping[str, Callable[..., Algorithm]] = {
-    f.__name__: f for f in _AVERAGING + _SMALLER + _PERSONAL + _BAYESIAN
+    f.__name__: f for f in _AVERAGING + _SMALLER + _PERSONAL + _BAYESIAN + _DISTILLED
 }
 
 __all__ = [
     "ALGORITHMS",
+    "apqn",
+    "decoupled",
     "ditto",
     "fedadagrad",
     "fedadam",
@@ -44,6 +48,7 @@ __all__ = [
     "fedhb",
     "fedpa",
     "fedper",
+    "fedppd",
     "fedprox",
     "fedrep",
     "fedsep",
@@ -52,9 +57,12 @@ __all__ = [
     "fola",
     "grouplasso",
     "horseshoe",
+    "kure",
     "laplace",
     "learnedscale",
     "local",
+    "mqat",
+    "pfedbred",
     "pfedme",
     "pvi",
     "scaffold",

@@ -19,7 +19,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from fedprior.cohort import Availability
-from fedprior.core import Client, Examples, Stats
+from fedprior.core import Client, Examples, Stats, Work
 from fedprior.engines.sequential import summed
 from fedprior.federation import bundle, replies
 from fedprior.federation.node import about
@@ -82,8 +82,10 @@ class GridEngine:
     _hellos: dict[str, int] = field(default_factory=dict, repr=False)  # message -> node
     _met: bool = field(default=False, repr=False)
 
-    def map_sum(self, work: RoundWork, indices: Sequence[int]) -> Stats | None:
+    def map_sum(self, work: Work, indices: Sequence[int]) -> Stats | None:
         """The sum of the clients' statistics in the order of `indices`."""
+        if not isinstance(work, RoundWork):
+            raise TypeError(f"GridEngine runs the rounds of fedprior.run, got {type(work).__name__}")
         if work.availability != Availability():
             raise ValueError("a federation's clients are late or lost by themselves: leave out availability=")
         for record in () if self._met else self.history:

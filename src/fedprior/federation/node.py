@@ -151,6 +151,10 @@ class NodeStore:
     folder: Path
     last: Mapping[int, int]
 
+    def holds_any(self) -> bool:
+        """Is there a state of any client?"""
+        return any(self.folder.glob("client-*/*.safetensors"))
+
     def _of(self, index: int) -> DiskStore | None:
         folder = self.folder / f"client-{index}"
         return DiskStore(folder) if folder.exists() else None
@@ -169,6 +173,12 @@ class NodeStore:
             store = DiskStore(self.folder / f"client-{index}")
             store.save(index, number, state)
             store.commit(self.last[index])
+
+    def commit(self, number: int) -> None:
+        """Nothing: what the server has accepted is in `last`, and `save` and `load` go by it."""
+
+    def rollback(self, number: int) -> None:
+        """Nothing, for the same reason."""
 
 
 def about(work: RoundWork) -> dict[str, Any]:

@@ -73,7 +73,7 @@ def _uploads(entries: list[dict[str, Any]], parts: list[bytes], asked: Mapping[i
     named = [e["client"] if type(e.get("client")) is int else None for e in entries]
     uploads = failed(asked, "rejected", "the node's reply does not have this client").uploads
     for index, entry, payload in zip(named, entries, parts, strict=True):
-        if index in asked:
+        if index is not None and index in asked:
             uploads[index] = _upload(index, asked[index], entry, payload, most)
     for index in _twice(named, asked):
         a = asked[index]
@@ -92,15 +92,21 @@ def _upload(index: int, asked: Asked, entry: Mapping[str, Any], payload: bytes, 
     """One entry, if it is one."""
     if entry.get("status") == "failed" and isinstance(entry.get("reason"), str):
         return Upload(index, asked.client, 0, "failed", asked.bytes_down, reason=entry["reason"][-_TEXT:])
-    examples, seconds = entry.get("examples"), [entry.get("seconds"), entry.get("seconds_wire")]
+    examples = entry.get("examples")
+    seconds, seconds_wire = _seconds(entry.get("seconds")), _seconds(entry.get("seconds_wire"))
     wrong = ""
     if entry.get("status") != "ok":
         wrong = "neither ok nor failed"
     elif type(examples) is not int or not 1 <= examples <= most:
         wrong = f"its number of examples is {str(examples)[:40]}, and may be 1 to {most}"
-    elif not all(type(s) is float and math.isfinite(s) and s >= 0 for s in seconds):
+    elif min(seconds, seconds_wire) < 0:
         wrong = "its seconds are no numbers of seconds"
-    if wrong:
+    if wrong or not isinstance(examples, int):
         size = len(payload)
         return Upload(index, asked.client, 0, "rejected", asked.bytes_down, payload, reason=f"{wrong} ({size} bytes)")
-    return Upload(index, asked.client, examples, "ok", asked.bytes_down, payload, {}, *seconds)
+    return Upload(index, asked.client, examples, "ok", asked.bytes_down, payload, {}, seconds, seconds_wire)
+
+
+def _seconds(value: Any) -> float:
+    """A number of seconds, or -1 for what is none."""
+    return value if type(value) is float and math.isfinite(value) and value >= 0 else -1.0

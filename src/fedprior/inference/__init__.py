@@ -2,26 +2,32 @@
 
 from fedprior.inference.alternating import Alternating
 from fedprior.inference.averaged import Averaged
+from fedprior.inference.bregman import Bregman
 from fedprior.inference.ditto import Ditto
 from fedprior.inference.gains import Gains
 from fedprior.inference.gated import Gated
+from fedprior.inference.langevin import Langevin
 from fedprior.inference.laplace import Laplace
 from fedprior.inference.moreau import Moreau
 from fedprior.inference.point import Point
 from fedprior.inference.reweighted import Reweighted
+from fedprior.inference.rough import Rough
 from fedprior.inference.sites import Sites
 from fedprior.inference.tilted import Tilted
 
 __all__ = [
     "Alternating",
     "Averaged",
+    "Bregman",
     "Ditto",
     "Gains",
     "Gated",
+    "Langevin",
     "Laplace",
     "Moreau",
     "Point",
     "Reweighted",
+    "Rough",
     "Sites",
     "Tilted",
 ]

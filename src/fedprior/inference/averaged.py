@@ -54,7 +54,8 @@ class Averaged:
 
     def __post_init__(self) -> None:
         check_steps(self.lr, self.epochs, self.batch_size)
-        if not (0 <= self.burn_in < self.epochs and (self.every or 1) >= 1 and 0 <= self.shrinkage < math.inf):
+        every = 1 if self.every is None else self.every
+        if not (0 <= self.burn_in < self.epochs and every >= 1 and 0 <= self.shrinkage < math.inf):
             raise ValueError(f"need 0 <= burn_in < epochs, every >= 1 (or None) and shrinkage >= 0, got {self}")
 
     def start(self, prior: Prior, eta: Eta) -> posteriors.Point:

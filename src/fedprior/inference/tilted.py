@@ -53,7 +53,10 @@ class Tilted:
         self, objective: Objective, prior: Any, eta: Eta, client: Client, state: Params | None, rng: torch.Generator
     ) -> tuple[posteriors.Tilted, Params]:
         """A few epochs from the prior's point; the state is the client's own vector."""
-        tilt, before = prior.tilt(eta, state), self.start(prior, eta)
+        before = self.start(prior, eta)
+        if state is not None:  # a state from disk has another order of names, and messages have the model's
+            state = {name: state[name] for name in before.phi}
+        tilt = prior.tilt(eta, state)
         view = Viewed(prior, lambda phi: posteriors.Tilted(phi, tilt, before.step, before.new), len(client.train))
         q, _ = Point(self.lr, self.epochs, self.batch_size).e_step(objective, view, eta, client, None, rng)
         sizes = batch_sizes(len(client.train), self.batch_size, objective.smallest_batch)

@@ -1,6 +1,7 @@
 """Priors p(phi_s | eta), one file each."""
 
 from fedprior.priors.custom import Custom
+from fedprior.priors.distilled import Distilled
 from fedprior.priors.dropout import Dropout
 from fedprior.priors.feddyn import FedDyn
 from fedprior.priors.gaussian import Gaussian
@@ -19,6 +20,7 @@ from fedprior.priors.split import Split
 __all__ = [
     "NIW",
     "Custom",
+    "Distilled",
     "Dropout",
     "FedDyn",
     "Gaussian",

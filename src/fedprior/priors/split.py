@@ -117,6 +117,11 @@ class Split:
         parts = zip(self.parts.values(), part_etas(eta), strict=True)
         return sum((p.log_prob(part, part_stats(t, i)) for i, (p, part) in enumerate(parts)), torch.zeros(()))
 
+    def log_hyper(self, eta: Eta, before: Eta) -> Tensor:
+        """The sum over the parts that have one."""
+        parts = zip(self.parts.values(), part_etas(eta), part_etas(before), strict=True)
+        return sum((p.log_hyper(new, old) for p, new, old in parts if hasattr(p, "log_hyper")), torch.zeros(()))
+
     def m_step(self, eta: Eta, t: Stats) -> Eta:
         """The parts' M-steps."""
         parts = zip(self.parts.values(), part_etas(eta), strict=True)

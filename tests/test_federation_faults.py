@@ -1,0 +1,139 @@
+"""Faults of a federation: mutated replies and requests, clients lost by the half, a clock that jumps."""
+
+from __future__ import annotations
+
+import itertools
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import fedprior as fp
+from cases import equal
+from fedprior import tree
+from fedprior.rng import numpy_generator
+
+pytest.importorskip("flwr", reason="federations need flwr, in an environment of its own: make test-flower")
+
+from flwr.app import Message  # pyright: ignore[reportMissingImports]
+
+from fedprior.codecs import PayloadError
+from fedprior.federation import GridEngine, Node, Roster, bundle, client_app, replies
+from fedprior.federation.replies import Asked
+from fedprior_node import mail
+from grid import CLIENTS, COHORT, MODEL, NODES, ROUNDS, LocalGrid, federated, own, simulated
+
+FEDAVG = fp.fedavg(0.1)
+MOST = 50
+
+
+class Lost(fp.Availability):
+    """Those clients of those rounds do not answer."""
+
+    def __init__(self, lost: set[tuple[int, int]]) -> None:
+        object.__setattr__(self, "lost", lost)
+
+    def status(self, seed: int, number: int, index: int, examples: int) -> Any:
+        return "dropped" if (number, index) in self.lost else "ok"  # type: ignore
+
+
+def lost_of(result: fp.Result) -> set[tuple[int, int]]:
+    return {(r.number, c.index) for r in result.history for c in r.lost()}
+
+
+@pytest.mark.parametrize("algorithm", [FEDAVG, fp.topk(0.1, 0.2), fp.fedper(0.1)], ids=lambda a: a.name)
+def test_half_of_the_clients_lost_in_each_round(algorithm: fp.Algorithm, tmp_path: Path) -> None:
+    """A random half of each reply is missing: model and states are those of a simulation with the same drop-outs."""
+
+    def change(number: int, request: Message, reply: Message) -> Message:
+        header, parts = bundle.unpack(mail.blob(reply), 1 << 20)
+        if "clients" not in header:
+            return reply
+        kept = numpy_generator(0, "half", number).random(len(parts)) < 0.5
+        header["clients"] = list(itertools.compress(header["clients"], kept))
+        return mail.reply(request, bundle.pack(header, list(itertools.compress(parts, kept))))
+
+    got = federated(algorithm, tmp_path, change, cohort=0, rounds=6)
+    want = simulated(algorithm, cohort=None, rounds=6, availability=Lost(lost_of(got)))
+    assert 10 < len(lost_of(got)) < 32  # of 42
+    assert equal(tree.flatten(got.eta), tree.flatten(want.eta))
+
+
+def test_a_federation_does_not_look_at_the_wall_clock(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It jumps ahead by more than the deadline at every look, and nobody is late."""
+    ticks = itertools.count(time.time(), 86400.0)
+    want = simulated(FEDAVG)
+    grid = LocalGrid(client_app(FEDAVG, own, MODEL), NODES)
+    with monkeypatch.context() as patch:
+        from fedprior.federation import engine as module
+
+        patch.setattr(module.time, "time", lambda: next(ticks))
+        engine = GridEngine(grid, NODES, seconds=30)
+        roster = Roster(len(CLIENTS), CLIENTS[0].train)
+        got = fp.run(FEDAVG, MODEL, roster, rounds=ROUNDS, engine=engine, cohort=COHORT)
+    assert equal(tree.flatten(got.eta), tree.flatten(want.eta)) and not lost_of(got)
+    assert all(0 <= r.seconds < 30 for r in got.history)
+
+
+def mutated(data: bytes, name: str, k: int) -> bytes:
+    """One to three bytes changed; in one of five also cut."""
+    rng = numpy_generator(0, name, k)
+    torn = bytearray(data)
+    places = rng.integers(len(torn), size=int(rng.integers(1, 4)))
+    for place, value in zip(places, rng.integers(1, 256, size=len(places)), strict=True):
+        torn[place] ^= int(value)
+    return bytes(torn[: int(rng.integers(len(torn)))] if k % 5 == 0 else torn)
+
+
+counts = pytest.mark.parametrize("count", [5_000, pytest.param(100_000, marks=pytest.mark.slow)])
+
+
+@counts
+def test_mutated_replies_are_read_or_refused(count: int) -> None:
+    """The reader never raises; each client asked has one upload, and what is ok is within its bounds."""
+    entry = {"status": "ok", "examples": 6, "seconds": 0.5, "seconds_wire": 0.25}
+    asked = {i: Asked(f"client-{i}", 10) for i in (0, 3, 6)}
+    good = bundle.pack({"clients": [{"client": i, **entry} for i in asked]}, [b"abc"] * 3)
+    assert {u.status for u in replies.read(good, asked, MOST).uploads.values()} == {"ok"}
+    seen = set()
+    for k in range(count):
+        reply = replies.read(mutated(good, "reply", k), asked, MOST)
+        assert reply.uploads.keys() == asked.keys()
+        for index, upload in reply.uploads.items():
+            seen.add(upload.status)
+            assert upload.index == index and upload.client == f"client-{index}" and upload.bytes_down == 10
+            if upload.status == "ok":
+                assert type(upload.examples) is int and 1 <= upload.examples <= MOST
+                assert 0 <= upload.seconds < float("inf") and 0 <= upload.seconds_wire < float("inf")
+            else:
+                assert upload.reason and upload.status in ("rejected", "failed")
+    assert seen >= {"ok", "rejected"}
+
+
+@counts
+def test_mutated_greetings_are_read_or_refused(count: int) -> None:
+    good = bundle.pack({"hello": {"partition": 1, "partitions": 3, "version": "1"}})
+    read = 0
+    for k in range(count):
+        try:
+            said = replies.hello(mutated(good, "hello", k))
+        except PayloadError:
+            continue
+        read += 1
+        assert type(said["partition"]) is int and type(said["partitions"]) is int
+    assert 0 < read < count
+
+
+@counts
+def test_mutated_requests_are_answered(count: int, tmp_path: Path) -> None:
+    """A node never raises, writes nothing outside its folder of states, and its reply can be read."""
+    node = Node(FEDAVG, own, MODEL, state=tmp_path / "states")
+    head = {"ask": "round", "run": "r", "seed": 0, "rounds": 2, "cohort": 2, "number": 1, "clients": [[0, 0]]}
+    good = bundle.pack(head, [b"no payload"])  # refused where it is decoded, before any training
+    asked, seen = {0: Asked("client-0", 10)}, set()
+    for k in range(count):
+        reply = replies.read(node.answer(mutated(good, "request", k), 0, NODES), asked, MOST)
+        seen.add(reply.uploads[0].status)
+    assert "failed" in seen and seen <= {"failed", "rejected"}
+    assert not list(tmp_path.iterdir())
