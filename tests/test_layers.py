@@ -14,6 +14,7 @@ from cases import classification_clients, close, equal, without_seconds
 from fedprior import engines, posteriors, robust, tree, wire
 from fedprior.budget import Budget
 from fedprior.codecs import schema_of
+from fedprior.engines.stacked import Stacked
 from fedprior.layer import Setting
 from fedprior.privacy import Privacy, SecureSum, clipping, shamir
 from fedprior.privacy.central import Central
@@ -28,7 +29,8 @@ SECURE = replace(PLAIN, secure=SecureSum())
 
 
 def go(algorithm: fp.Algorithm, rounds: int = 3, **fields: Any) -> fp.Result:
-    return fp.run(algorithm, MODEL, CLIENTS, rounds=rounds, **({"engine": engines.Sequential()} | fields))
+    chosen: dict[str, Any] = {"engine": engines.Sequential()} | fields
+    return fp.run(algorithm, MODEL, CLIENTS, rounds=rounds, **chosen)
 
 
 def record(index: int, status: Any = "ok") -> ClientRecord:
@@ -112,7 +114,7 @@ def test_fedsparse_stays_small_under_masks() -> None:
 
 
 REFUSED = {
-    "top-k": (lambda: replace(fp.algorithms.topk(0.1), weighting="uniform", secure=SecureSum()), "TopK"),
+    "top-k": (lambda: replace(fp.topk(0.1), weighting="uniform", secure=SecureSum()), "TopK"),
     "own etas": (lambda: replace(fp.feddropout(0.1), secure=SecureSum()), "upload by itself"),
     "budget": (lambda: replace(SECURE, budget=Budget(1.0)), "budget"),
     "weights": (lambda: replace(fp.fedavg(0.1, weighting="examples"), secure=SecureSum()), "most="),
@@ -132,7 +134,7 @@ REFUSED = {
         ),
         "GroupNorm",
     ),
-    "stacked": (lambda: go(SECURE, engine=engines.stacked.Stacked()), "one by one"),
+    "stacked": (lambda: go(SECURE, engine=Stacked()), "one by one"),
 }
 
 
