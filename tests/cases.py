@@ -208,14 +208,10 @@ class Wider:
         return {**self.q.mean(), **self.more}
 
     def second_moment(self) -> Params:
-        own = self.q.second_moment() if hasattr(self.q, "second_moment") else {}  # a posterior may do without
-        return {**own, **tree.map(torch.square, self.more)}
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self.q, name)
+        return {**self.q.second_moment(), **tree.map(torch.square, self.more)}
 
 
-SPLITS = [split(case) for case in PRIORS]
+SPLITS = [split(case) for case in PRIORS if case.posterior in (point, diagonal)]  # moments are all that a part sees
 PERSONAL_HEAD = priors.Split({"@head": priors.Personal(), "*": priors.Gaussian(2.0)})
 SPLITS += [Case("split-personal", **bound(PERSONAL_HEAD, MLP, VECTORS), posterior=point)]
 
