@@ -20,6 +20,7 @@ from fedprior.algorithms.bayesian import (
     scaffold,
 )
 from fedprior.algorithms.distilled import apqn, decoupled, fedppd, kure, mqat, pfedbred
+from fedprior.algorithms.mixtures import fedem, ifca
 from fedprior.algorithms.personal import ditto, fedbn, fedper, fedrep, local, pfedme
 from fedprior.algorithms.smaller import feddropout, fedsparse, grouplasso, topk
 
@@ -28,8 +29,9 @@ _SMALLER = (fedsparse, feddropout, grouplasso, topk)
 _BAYESIAN = (scaffold, feddyn, fola, fedhb, learnedscale, laplace, horseshoe, fedpa, pvi, fedep, fedsep)
 _PERSONAL = (local, fedper, fedrep, fedbn, pfedme, ditto)
 _DISTILLED = (pfedbred, fedppd, kure, apqn, mqat, decoupled)
+_MIXTURES = (fedem, ifca)
 ALGORITHMS: Mapping[str, Callable[..., Algorithm]] = {
-    f.__name__: f for f in _AVERAGING + _SMALLER + _PERSONAL + _BAYESIAN + _DISTILLED
+    f.__name__: f for f in _AVERAGING + _SMALLER + _PERSONAL + _BAYESIAN + _DISTILLED + _MIXTURES
 }
 
 __all__ = [
@@ -44,6 +46,7 @@ __all__ = [
     "fedbn",
     "feddropout",
     "feddyn",
+    "fedem",
     "fedep",
     "fedhb",
     "fedpa",
@@ -57,6 +60,7 @@ __all__ = [
     "fola",
     "grouplasso",
     "horseshoe",
+    "ifca",
     "kure",
     "laplace",
     "learnedscale",
