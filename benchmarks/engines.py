@@ -119,7 +119,7 @@ def ours(row: Row, engine: object) -> list[float]:
 def one(name: str, side: str, rounds: str = "") -> list[float]:
     """One turn of one side, in this process; of other than the row's rounds, if they are given."""
     row = replace(ROWS[name], rounds=int(rounds)) if rounds else ROWS[name]
-    torch.set_num_threads(os.cpu_count() or 1 if side == "loop, all threads" else 1)
+    torch.set_num_threads(1 if side == "loop, 1 thread" else os.cpu_count() or 1)
     if side.startswith("loop"):
         return loop(row)
     engines = {"sequential": lambda: fp.engines.Sequential(1)}

@@ -16,8 +16,10 @@ Optional methods of a prior, each with the meaning it has when absent:
     predictive(eta, rng) -> Predictive    what the server predicts with       (prior.point(eta))
     log_hyper(eta, before) -> scalar log p(eta), which m_step counts in       (0)
 
-An optional attribute: `exact`, a tuple of eta's fields that take the exact M-step whatever the server step is, before
-`project`: gates, counters and running means, which no optimiser may overshoot. Absent, there are none.
+Optional attributes: `exact`, a tuple of eta's fields that take the exact M-step whatever the server step is, before
+`project`: gates, counters and running means, which no optimiser may overshoot. Absent, there are none. `individual`:
+True if `accept` does more than to refuse, so that the server needs uploads one by one; absent, False, unless there is
+a `sample`. Sums that hide the uploads (secure, privacy) and robust rules do not call `accept` on single ones.
 
 An optional method of an inference, with what it means when absent:
 
@@ -41,7 +43,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
@@ -52,7 +54,13 @@ from fedprior.codecs import Dense, TopK
 from fedprior.core import Client, Codec, Eta, Inference, Params, Prior, ServerStep, Stats
 from fedprior.objective import Objective
 from fedprior.posteriors import Predictive
+from fedprior.privacy import dp, secure_sum
+from fedprior.privacy.dp import Privacy
+from fedprior.privacy.secure_sum import SecureSum
 from fedprior.server import Exact
+
+if TYPE_CHECKING:
+    from fedprior.robust import Rule
 
 Weighting = Literal["uniform", "examples"]
 
@@ -75,6 +83,9 @@ class Algorithm:
         weighting: "uniform", one vote a client, as the hierarchical model says; or "examples", a client's
             statistics times its number of training examples, as McMahan's FedAvg does.
         budget: bytes that a run may spend (budget.py); None for no limit.
+        secure: the server sees the sum of the uploads alone (privacy/secure_sum.py); None for uploads in the open.
+        privacy: clipping, noise and their account (privacy/dp.py); None for none.
+        robust: a rule instead of the sum, for clients that are not trusted (robust.py); None for the sum.
         name: for tables and records.
     """
 
@@ -87,6 +98,9 @@ class Algorithm:
     delta: bool = False
     feedback: bool = False
     budget: Budget | None = None
+    secure: SecureSum | None = None
+    privacy: Privacy | None = None
+    robust: Rule | None = None
     name: str = "custom"
 
     def __post_init__(self) -> None:
@@ -99,6 +113,7 @@ class Algorithm:
         if self.weighting not in get_args(Weighting):
             raise ValueError(f"weighting must be one of {', '.join(get_args(Weighting))}, got {self.weighting!r}")
         self._check_wire()
+        self._check_layer()
 
     def _check_wire(self) -> None:
         """Entries that a codec leaves out must be differences, and what is sent late must still count."""
@@ -119,11 +134,29 @@ class Algorithm:
                 "weights nobody waits for any more: leave feedback out"
             )
 
+    def _check_layer(self) -> None:
+        """What hides uploads, what needs them, and what bounds them."""
+        if self.robust is not None and (self.secure is not None or self.privacy is not None):
+            raise ValueError(
+                f"robust={self.robust} compares uploads one by one, and secure=... and privacy=... are of their sum: "
+                "leave robust out, or the others"
+            )
+        if self.secure is not None:
+            secure_sum.check(self)
+        if self.privacy is not None:
+            dp.check(self)
+        if self.robust is not None and (self.individual or hasattr(self.prior, "reference") or self.feedback):
+            raise ValueError(
+                f"robust={self.robust} needs statistics that are means over all clients, sent at once, and those of "
+                f"{type(self.prior).__name__} with feedback={self.feedback} are not: leave robust out"
+            )
+
     def __str__(self) -> str:
         parts = [self.prior, self.inference, self.server, self.codec]
         text = " + ".join(re.sub(r" at 0x[0-9a-f]+", "", repr(part)) for part in parts)
         text = f"{self.name} = {re.sub(r', groups=[^+]*[)]', ')', text)} + {self.weighting} weights"
         more = {"downlink": self.downlink, "delta": self.delta, "feedback": self.feedback, "budget": self.budget}
+        more |= {"secure": self.secure, "privacy": self.privacy, "robust": self.robust}
         return text + "".join(f" + {name}={value}" for name, value in more.items() if value)
 
     def bind(self, model: nn.Module, x: Tensor) -> Algorithm:
@@ -139,6 +172,21 @@ class Algorithm:
     def samples(self) -> bool:
         """Does every client receive an eta of its own?"""
         return hasattr(self.prior, "sample")
+
+    @property
+    def layered(self) -> bool:
+        """Does something stand between the uploads and their sum (layer.py)?"""
+        return not (self.secure is None and self.privacy is None and self.robust is None)
+
+    @property
+    def poisson(self) -> bool:
+        """Is each client sampled by itself, so that cohorts have no fixed size?"""
+        return self.privacy is not None and self.privacy.sampling == "poisson"
+
+    @property
+    def individual(self) -> bool:
+        """Must the server see uploads one by one?"""
+        return self.samples or getattr(self.prior, "individual", False)
 
     def sample(self, eta: Eta, rng: torch.Generator) -> Eta:
         """What one client receives; eta itself unless the prior draws one for each."""
@@ -203,7 +251,7 @@ class Algorithm:
         """The first eta and the server step's first state."""
         eta = self.prior.init(params)
         eta = self._project(eta, eta)
-        return eta, self.server.init(tree.flatten(eta))
+        return eta, self.server.init(tree.flatten(eta)) | (self.privacy.init() if self.privacy else {})
 
     def m_step(self, eta: Eta, total: Stats, state: Params, exact: frozenset[str] = frozenset()) -> tuple[Eta, Params]:
         """The generalised M-step.
@@ -215,7 +263,9 @@ class Algorithm:
             exact: names (of running means, say) that take the exact M-step, as do the fields in the prior's `exact`.
         """
         target = tree.flatten(self.prior.m_step(eta, total))
-        flat, state = self.server.step(tree.flatten(eta), target, state)
+        own = {k: state[k] for k in (self.privacy.init() if self.privacy else {})}
+        flat, state = self.server.step(tree.flatten(eta), target, {k: v for k, v in state.items() if k not in own})
+        state = state | (self.privacy.step(own, total) if self.privacy else {})
         fields = getattr(self.prior, "exact", ())
         whole = {k for k in flat if k.split("/", 1)[0] in fields or k.split("/", 1)[1] in exact}
         flat = {k: target[k] if k in whole else v for k, v in flat.items()}

@@ -47,8 +47,14 @@ class Availability:
         return "late" if seconds > self.deadline_seconds else "ok"
 
 
-def sample(seed: int, number: int, population: int, cohort: int) -> list[int]:
-    """The indices of the clients of round `number`, without replacement, ascending."""
+def sample(seed: int, number: int, population: int, cohort: int, poisson: bool = False) -> list[int]:
+    """The indices of the clients of round `number`, ascending: `cohort` of them without replacement.
+
+    With `poisson` each client is chosen by itself, with probability cohort / population; their number is not fixed.
+    """
+    if poisson:
+        chosen = numpy_generator(seed, number, "cohort").random(population) < cohort / population
+        return [int(i) for i in chosen.nonzero()[0]]
     if cohort == population:
         return list(range(population))
     chosen = numpy_generator(seed, number, "cohort").choice(population, cohort, replace=False)

@@ -9,6 +9,7 @@ the prior by N_s: both sides are then nats per example, and the balance is that 
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -63,8 +64,9 @@ def _categorical(logits: Tensor, y: Tensor) -> Tensor:
 
 def _mean_categorical(logits: Tensor, y: Tensor) -> Tensor:
     _check_classes(logits, y)
-    positions = y[0].numel()
-    return -F.cross_entropy(logits.flatten(0, -2) if logits.ndim > 2 else logits, y.flatten()) * positions
+    if logits.ndim == 2:
+        return -F.cross_entropy(logits, y)
+    return -F.cross_entropy(logits.flatten(0, -2), y.flatten()) * math.prod(y.shape[1:])
 
 
 def _check_classes(logits: Tensor, y: Tensor) -> None:

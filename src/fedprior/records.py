@@ -46,6 +46,8 @@ class Round:
         seconds: wall time of the round without its evaluation, `seconds_evaluate` that of the evaluation.
         seconds_train: of the E-steps, summed over clients: on several cores more than the wall time.
         seconds_wire: of encoding, decoding and personal states, summed over clients and the broadcast.
+        layer: with privacy `epsilon` spent so far and `clip`; with either, `within`, the share of clients that nothing
+            was cut off; empty without both.
         kept_eta: why the M-step was not taken and the weights stayed as they were; empty if it was taken.
     """
 
@@ -58,6 +60,7 @@ class Round:
     metrics: dict[str, float] = field(default_factory=dict)
     clients: tuple[ClientRecord, ...] = ()
     kept_eta: str = ""
+    layer: dict[str, float] = field(default_factory=dict)
     seconds_train: float = 0.0
     seconds_wire: float = 0.0
 

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from typing import Any
 
 from fedprior import tree, wire
 from fedprior.algorithm import Algorithm
 from fedprior.codecs import PayloadError
 from fedprior.cohort import Availability
 from fedprior.core import Client, Eta, Params, Population, Schema, Stats
+from fedprior.layer import Finished, Setting
 from fedprior.objective import Objective
 from fedprior.records import ClientRecord, Status
 from fedprior.rng import generator
@@ -62,6 +65,7 @@ class RoundWork:
         down_schema: what eta's message looks like.
         up_schema: what a client's message must look like.
         rounds, cohort: of the whole run, from which a node of a federation makes the same plan (planning.py).
+        layer: between uploads and sum (layer.py); None for most algorithms.
         records: filled by `receive`, one a client.
     """
 
@@ -79,17 +83,27 @@ class RoundWork:
     device: str = "cpu"
     rounds: int = 1
     cohort: int = 1
+    layer: Any = None
     records: list[ClientRecord] = field(default_factory=list)
 
-    def changes(self) -> tuple[int, bytes, Params]:
-        """What differs from round to round, and a copy of an earlier round's work in another process lacks."""
-        return self.number, self.down, tree.flatten(self.like) if self.algorithm.samples else {}
+    def begin(self, server: Params, indices: Sequence[int]) -> RoundWork:
+        """The work with the layer of this round, if the algorithm has one; `indices` are of the cohort."""
+        if not self.algorithm.layered:
+            return self
+        ids = [self.key(i) for i in indices] if self.algorithm.secure else []
+        setting = Setting(self.algorithm, self.up_schema, self.cohort, self.seed)
+        return replace(self, layer=setting.layer(self.number, self.common, server, ids))
 
-    def changed(self, changes: tuple[int, bytes, Params]) -> RoundWork:
+    def changes(self) -> tuple[int, bytes, Params, Any]:
+        """What differs from round to round, and a copy of an earlier round's work in another process lacks."""
+        layer = self.layer and self.layer.public()
+        return self.number, self.down, tree.flatten(self.like) if self.algorithm.samples else {}, layer
+
+    def changed(self, changes: tuple[int, bytes, Params, Any]) -> RoundWork:
         """The work of the round that `changes` come from. Without samples, eta serves for its names alone."""
-        number, down, flat = changes
+        number, down, flat, layer = changes
         like = tree.unflatten(self.like, flat) if flat else self.like
-        return replace(self, number=number, down=down, like=like, records=[])
+        return replace(self, number=number, down=down, like=like, layer=layer, records=[])
 
     def digest(self) -> int:
         """Of the round's number and the server's eta: processes that have the same one have the same etas."""
@@ -147,7 +161,10 @@ class RoundWork:
         q, own, kept = algorithm.e_step(self.objective, eta, on_device, own, kept, rng)
         seconds = time.perf_counter() - started
         stats, weight = algorithm.message(eta, q), algorithm.weight(client)
-        payload, residual = wire.encode(algorithm, eta, stats, weight, residual)
+        if self.layer is not None and self.layer.seals:
+            payload, residual = self.layer.seal(eta, stats, weight, client.index), {}
+        else:
+            payload, residual = wire.encode(algorithm, eta, stats, weight, residual)
         state = wire.join({"e_step": own, "kept": kept, "residual": residual})
         wired = time.perf_counter() - began - seconds
         return Upload(client.index, client.name, len(client.train), "ok", len(down), payload, state, seconds, wired)
@@ -169,9 +186,19 @@ class RoundWork:
         return stats
 
     def _decode(self, upload: Upload) -> Stats:
-        eta = self._eta(self.downlink(upload.index)) if self.algorithm.delta else None  # nothing else asks for it
+        if self.layer is not None and self.layer.seals:
+            return self.layer.open(upload.payload)
+        asked = self.algorithm.delta or self.layer is not None
+        eta = self._eta(self.downlink(upload.index)) if asked else None  # nothing else asks for it
         stats = wire.decode(self.algorithm, eta, upload.payload, self.up_schema, self.device)
         expected = float(upload.examples) if self.algorithm.weighting == "examples" else 1.0
         if stats.clients != expected:
             raise PayloadError(f"count of clients is {stats.clients}, and this client stands for {expected}")
-        return self.algorithm.accept(self.sent(upload.index), stats)
+        stats = self.algorithm.accept(self.sent(upload.index), stats)
+        return stats if self.layer is None else self.layer.receive(eta, stats, upload.client)
+
+    def finish(self, total: Stats | None) -> Finished:
+        """What the server's step goes by."""
+        if self.layer is None:
+            return Finished(total, "" if total else "no client's statistics arrived", tuple(self.records))
+        return self.layer.finish(self.common, total, self.records)

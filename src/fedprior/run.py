@@ -11,12 +11,13 @@ from typing import Any
 
 from torch import nn
 
-from fedprior import checkpoint, checks, planning, tree, wire
+from fedprior import checkpoint, checks, layer, planning, tree, wire
 from fedprior.algorithm import Algorithm
 from fedprior.codecs import schema_of
 from fedprior.cohort import Availability, sample
-from fedprior.core import Client, Engine, Eta, Examples, Params, Population, Schema, Stats
+from fedprior.core import Client, Engine, Eta, Examples, Params, Population, Schema
 from fedprior.engines import TorchRun, usual
+from fedprior.layer import Finished, Setting
 from fedprior.metrics import evaluate
 from fedprior.objective import Loss, Objective, PerExample
 from fedprior.progress import Progress
@@ -177,13 +178,19 @@ class _Loop:
         setting |= {"availability": asdict(availability), "parameters": _shapes(objective.params())}
         setting |= {"data": checks.identity(clients), "loss": str(objective.loss)}
         x = clients[0].train.x[:1].to(device)
-        algorithm, _, up_schema = planning.prepare(algorithm, objective, x, rounds, cohort)
+        algorithm, eta, up_schema = planning.prepare(algorithm, objective, x, rounds, cohort)
+        algorithm = layer.plan(
+            Setting(algorithm, up_schema, cohort, seed), eta, objective, engine, rounds, len(clients)
+        )
+        setting |= {"privacy": str(algorithm.privacy)} if algorithm.privacy else {}
         return cls(
             algorithm, objective, clients, engine, availability, seed, rounds, cohort, device, up_schema, setting
         )
 
     def spent(self, history: Sequence[Round], state: _State) -> bool:
-        """Might one more round exceed the budget?"""
+        """Might one more round exceed the budget of bytes, or that of privacy?"""
+        if self.algorithm.privacy is not None and self.algorithm.privacy.spent(state.number):
+            return True
         budget = self.algorithm.budget
         return budget is not None and budget.spent(history, self.cohort, *planning.known(self.algorithm, state.eta))
 
@@ -234,22 +241,13 @@ class _Loop:
             rounds=self.rounds,
             cohort=self.cohort,
         )
-        total = self.engine.map_sum(work, sample(self.seed, number, len(self.clients), self.cohort))
-        eta, server, kept = self._m_step(state, total)
+        indices = sample(self.seed, number, len(self.clients), self.cohort, self.algorithm.poisson)
+        work = work.begin(state.server, indices)
+        done = work.finish(self.engine.map_sum(work, indices))
+        eta, server, kept = self._m_step(state, done)
         seconds = time.perf_counter() - started
         deployed, params = self.algorithm.deploy(eta, self.objective)
-        record = Round(
-            number=number,
-            bytes_down=sum(c.bytes_down for c in work.records),
-            bytes_up=sum(c.bytes_up for c in work.records),
-            parameters_left=deployed.count(params),
-            seconds=seconds,
-            seconds_evaluate=0.0,
-            clients=tuple(work.records),
-            kept_eta=kept,
-            seconds_train=sum(c.seconds for c in work.records),
-            seconds_wire=broadcast + sum(c.seconds_wire for c in work.records),
-        )
+        record = done.round(number, deployed.count(params), seconds, broadcast, kept)
         return _State(number, eta, server, state.store), record
 
     def evaluated(self, record: Round, state: _State, test: Examples) -> Round:
@@ -260,11 +258,11 @@ class _Loop:
         metrics = apart(*self.algorithm.predictive(state.eta, self.objective, rng), test).means()
         return replace(record, metrics=metrics, seconds_evaluate=time.perf_counter() - started)
 
-    def _m_step(self, state: _State, total: Stats | None) -> tuple[Eta, Params, str]:
+    def _m_step(self, state: _State, done: Finished) -> tuple[Eta, Params, str]:
         """The new eta and server state; the old weights and state, and why, if there is nothing to go by."""
-        if total is None:
-            return self.algorithm.idle(state.eta), state.server, "no client's statistics arrived"
-        eta, server = self.algorithm.m_step(state.eta, total, state.server, self.objective.buffers)
+        if done.total is None:
+            return self.algorithm.idle(state.eta), state.server, done.why
+        eta, server = self.algorithm.m_step(state.eta, done.total, state.server, self.objective.buffers)
         if not all(bool(value.isfinite().all()) for value in [*tree.flatten(eta).values(), *server.values()]):
             return self.algorithm.idle(state.eta), state.server, "the M-step of the summed statistics is not finite"
         return eta, server, ""

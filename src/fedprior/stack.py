@@ -26,6 +26,8 @@ def why_not(work: RoundWork, first: Client) -> str:
     algorithm, inference = work.algorithm, work.algorithm.inference
     if not hasattr(inference, "e_steps"):
         return f"the inference {type(inference).__name__} does one client at a time"
+    if algorithm.layered:
+        return "secure=..., privacy=... and robust=... take uploads one by one"
     if algorithm.samples:
         return f"{type(algorithm.prior).__name__} sends each client an eta of its own"
     if getattr(algorithm.codec, "value_type", "float32") not in ("float32", "float64"):

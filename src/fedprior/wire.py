@@ -20,7 +20,7 @@ Seide et al. 2014 (1-bit SGD, Interspeech); Karimireddy et al. 2019, arXiv:1901.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -49,9 +49,8 @@ def encode(
         weight: how often the client counts.
         residual: the client's last one, flat; None for a new client.
     """
-    message, residual = flat(stats), residual or {}
-    reference = flat(algorithm.reference(eta, stats)) if algorithm.delta else {}
-    message |= {k: message[k] - r for k, r in reference.items()}
+    residual = residual or {}
+    message, known = difference(algorithm, eta, stats) if algorithm.delta else (flat(stats), ())
     message |= {k: message[k] + e for k, e in residual.items()}
     payload = algorithm.codec.encode({k: weight * v for k, v in message.items()}, weight)
     if not algorithm.feedback:
@@ -60,7 +59,7 @@ def encode(
         sent, _ = algorithm.codec.decode(payload, schema_of(message))
     except PayloadError:  # the server refuses it as well, and says why; the client's state is not saved then
         return payload, residual
-    return payload, {k: message[k] - sent[k].to(message[k].device) / weight for k in reference}
+    return payload, {k: message[k] - sent[k].to(message[k].device) / weight for k in known}
 
 
 def decode(algorithm: Algorithm, eta: Eta, payload: bytes, schema: Schema, device: str | torch.device = "cpu") -> Stats:
@@ -75,10 +74,19 @@ def decode(algorithm: Algorithm, eta: Eta, payload: bytes, schema: Schema, devic
     """
     message, clients = algorithm.codec.decode(payload, schema)
     stats = unflat({k: v.to(device) for k, v in message.items()}, clients)
-    if not algorithm.delta:
-        return stats
-    message = flat(stats)
-    return unflat(message | {k: message[k] + r for k, r in flat(algorithm.reference(eta, stats)).items()}, clients)
+    return restored(algorithm, eta, stats) if algorithm.delta else stats
+
+
+def difference(algorithm: Algorithm, eta: Eta, stats: Stats) -> tuple[Params, Collection[str]]:
+    """t - r(t), flat, and the names that r has."""
+    message, reference = flat(stats), flat(algorithm.reference(eta, stats))
+    return message | {k: message[k] - r for k, r in reference.items()}, reference.keys()
+
+
+def restored(algorithm: Algorithm, eta: Eta, stats: Stats) -> Stats:
+    """The inverse of `difference`, of one client or of a sum: r is linear."""
+    message, reference = flat(stats), flat(algorithm.reference(eta, stats))
+    return unflat(message | {k: message[k] + r for k, r in reference.items()}, stats.clients)
 
 
 def chain(codec: Any, value_type: str) -> dict[str, Any]:

@@ -121,7 +121,8 @@ def to_numpy(value: Tensor, dtype: np.dtype) -> np.ndarray:
 def to_tensor(name: str, values: np.ndarray, dtype: torch.dtype) -> Tensor:
     """Finite values as a tensor of their own."""
     tensor = torch.from_numpy(values.astype(values.dtype.newbyteorder("="))).to(dtype)
-    bad = tensor.numel() - int(torch.isfinite(tensor).sum())  # after the conversion, which may overflow
-    if bad:
-        raise PayloadError(f"{bad} of {tensor.numel()} values of {name} are not finite")
+    if not torch.isfinite(tensor.sum()):  # after the conversion, which may overflow, as a sum of finite values may
+        bad = tensor.numel() - int(torch.isfinite(tensor).sum())
+        if bad:
+            raise PayloadError(f"{bad} of {tensor.numel()} values of {name} are not finite")
     return tensor

@@ -74,7 +74,8 @@ def ascend(
             for _ in range(steps):
                 for optimizer in optimizers:
                     optimizer.zero_grad()
-                (-bound(batch.x, batch.y)).backward()
+                value = bound(batch.x, batch.y)
+                value.backward(value.new_tensor(-1.0))
                 before_step()
                 for optimizer in optimizers:
                     optimizer.step()

@@ -1,0 +1,192 @@
+"""A round under secure aggregation, simulated: every client's and the server's messages are made, read and counted.
+
+The run's seed stands for the clients' randomness, so that a run can be repeated; in a federation a client's 32 secret
+bytes are os.urandom(32), and nobody else has them.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import torch
+
+from fedprior import wire
+from fedprior.algorithm import Algorithm
+from fedprior.core import Eta, Stats
+from fedprior.layer import Finished, Setting
+from fedprior.privacy import secure
+from fedprior.privacy.central import finished, noisy_share
+from fedprior.privacy.clipping import clip, unit
+from fedprior.privacy.fixed_point import FixedPoint
+from fedprior.privacy.layout import Field, Layout, finite, kept
+from fedprior.privacy.masks import threshold_for
+from fedprior.privacy.secure import ClientState
+from fedprior.records import ClientRecord
+from fedprior.rng import numpy_generator
+
+
+def layout(setting: Setting, number: int, eta: Eta, most: float) -> Layout:
+    """The vector of a round; a ValueError if the bits do not hold the sum of a cohort.
+
+    Args:
+        setting: with the algorithm.
+        number: of the round.
+        eta: as the clients decode it.
+        most: C of the algorithm's privacy, if it has one.
+    """
+    algorithm, cohort = setting.algorithm, setting.cohort
+    secure_sum, privacy = _parts(algorithm)
+    places = kept(algorithm.prior, eta, setting.schema)
+    one = np.ones(1, bool)
+    if privacy is None:
+        fixed = FixedPoint(secure_sum.bits, cohort)
+        bounds = {key: secure_sum.bound_of(key.split("/", 1)[0]) * secure_sum.most for key in setting.schema}
+        fields = {key: Field(places[key], bound) for key, bound in bounds.items()}
+        fields |= {"weight": Field(one, secure_sum.most), "within": Field(one, 1.0)}
+        return Layout(setting.schema, fields, fixed, number)
+    least = threshold_for(cohort)
+    spread = math.sqrt(cohort / least) * max(privacy.noise, 2 * privacy.sigma_b)
+    fixed = FixedPoint(secure_sum.bits, cohort, spread)
+    bounds = {key: most * unit(key, privacy.scales) for key in setting.schema}
+    fields = {key: Field(places[key], b, privacy.noise * b / math.sqrt(least)) for key, b in bounds.items()}
+    fields |= {"weight": Field(one, 1.0), "within": Field(one, 0.5, privacy.sigma_b / math.sqrt(least))}
+    made = Layout(setting.schema, fields, fixed, number)
+    if (slack := rounding(made, privacy.scales)) > most / 4:
+        raise ValueError(
+            f"rounding to {secure_sum.bits} bits may move a message by {slack:.2g}, and clip is {most:.2g}: "
+            f"write SecureSum(bits={32 if secure_sum.bits == 16 else 64})"
+        )
+    return made
+
+
+def rounding(made: Layout, units: Mapping[str, float]) -> float:
+    """How far rounding may move a message in the norm of clipping.py: half a step in every entry."""
+    halves = {k: made.fields[k].count * (0.5 / made.fixed.scale(made.fields[k].bound)) ** 2 for k in made.schema}
+    return math.sqrt(sum(square / unit(k, units) ** 2 for k, square in halves.items()))
+
+
+def _parts(algorithm: Algorithm) -> tuple[Any, Any]:
+    return algorithm.secure, algorithm.privacy
+
+
+@dataclass
+class Sealed:
+    """One round.
+
+    Attributes:
+        most: C of the algorithm's privacy.
+        layout: of the masked vectors.
+        roster: everybody's public keys.
+        states: what each client knows after the shares; the clients' processes derive it again.
+        up, down: bytes of keys and shares, by client.
+    """
+
+    algorithm: Algorithm
+    seed: int
+    number: int
+    most: float
+    layout: Layout
+    roster: bytes
+    states: Mapping[int, ClientState] = field(default_factory=dict)
+    up: dict[int, int] = field(default_factory=dict)
+    down: dict[int, int] = field(default_factory=dict)
+    seals = True
+
+    @classmethod
+    def begin(cls, setting: Setting, number: int, eta: Eta, most: float, ids: Sequence[int]) -> Sealed:
+        """Keys and shares of the clients `ids`, before anybody trains."""
+        made = layout(setting, number, eta, most)
+        states = {i: ClientState(i, _secret(setting.seed, number, i)) for i in ids}
+        keys = {i: secure.advertise(state) for i, state in states.items()}
+        roster = secure.roster(keys)
+        states = {i: secure.enrol(state, roster) for i, state in states.items()}
+        sent = {i: secure.share(state) for i, state in states.items()}
+        boxes = secure.deliver(roster, sent)
+        states = {i: secure.receive(states[i], box) for i, box in boxes.items()}
+        up = {i: len(keys[i]) + len(sent[i]) for i in states}
+        down = {i: len(roster) + len(boxes[i]) for i in states}
+        return cls(setting.algorithm, setting.seed, number, most, made, roster, states, up, down)
+
+    def public(self) -> Sealed:
+        """Without the states."""
+        return replace(self, states={}, up={}, down={})
+
+    @cached_property
+    def _members(self) -> list[int]:
+        return list(ClientState(0, b"", self.roster).keys)
+
+    def _state(self, index: int) -> ClientState:
+        """A client's own; it is masked with all others, and what their shares say does not matter to the masks."""
+        if index in self.states:
+            return self.states[index]
+        inbox = {i: b"" for i in self._members if i != index}
+        return ClientState(index, _secret(self.seed, self.number, index), self.roster, inbox)
+
+    def seal(self, eta: Eta, stats: Stats, weight: float, index: int) -> bytes:
+        """What client `index` uploads; nothing if its values are not finite."""
+        secure_sum, privacy = _parts(self.algorithm)
+        message, _ = wire.difference(self.algorithm, eta, stats)
+        if not finite(list(message.values())):
+            return b""
+        rng = numpy_generator(self.seed, self.number, index, "noise")
+        if privacy is not None:
+            room = self.most - rounding(self.layout, privacy.scales)
+            message, inside = clip(message, room, privacy.scales)
+            within = (float(inside) - 0.5) if privacy.sigma_b else 0.0
+            _, words = self.layout.encode(message, 1.0, within, rng)
+        else:
+            weight = min(weight, secure_sum.most)
+            message = {k: weight * v for k, v in message.items()}
+            _, words = self.layout.encode(message, weight, float(not self.layout.beyond(message)), rng)
+        return self.layout.pack(secure.masked(self._state(index), words))
+
+    def open(self, payload: bytes) -> Stats:
+        """A masked vector as something that adds: 64-bit integers wrap around, as those of fewer bits do in them."""
+        words = self.layout.unpack(payload).astype(np.uint64).view(np.int64)
+        return Stats({"masked": {"words": torch.from_numpy(words)}}, 1.0)
+
+    def receive(self, eta: Eta, stats: Stats, client: str) -> Stats:
+        """There are no single statistics."""
+        raise TypeError("masked uploads are opened, and never decoded")
+
+    def finish(self, eta: Eta, total: Stats | None, records: Sequence[ClientRecord]) -> Finished:
+        """Ask for the shares, unmask, and count the bytes of all stages."""
+        alive = [r.index for r in records if r.status == "ok"]
+        told = tuple(self._counted(r, 0, 0) for r in records)
+        if total is None or len(alive) < (least := threshold_for(len(self.states))):
+            least = threshold_for(len(self.states))
+            return Finished(None, f"{len(alive)} clients are left, and {least} are needed to unmask their sum", told)
+        asked = secure.request(list(self.states), alive)
+        replies = {i: secure.reveal(self.states[i], asked)[0] for i in alive}
+        told = tuple(self._counted(r, len(replies.get(r.index, b"")), len(asked)) for r in records)
+        words = total["masked"]["words"].numpy().view(np.uint64).astype(self.layout.fixed.dtype)
+        message, weight, within = self.layout.decode(secure.unmask(self.roster, asked, replies, words))
+        device = next(iter(eta[0].values())).device
+        message = {k: v.to(device) for k, v in message.items()}
+        privacy = self.algorithm.privacy
+        if privacy is not None:
+            summed = wire.unflat(message, float(privacy.cohort))
+            share = noisy_share(privacy, within, 0.0, None)
+            return finished(self.algorithm, privacy, eta, summed, share, self.most, self.number, told)
+        stats = wire.restored(self.algorithm, eta, wire.unflat(message, weight))
+        return Finished(stats, "", told, {"within": within / len(alive)})
+
+    def _counted(self, record: ClientRecord, reply: int, asked: int) -> ClientRecord:
+        """With the bytes of keys, shares and answer."""
+        i, asked = record.index, asked if record.status == "ok" else 0
+        return replace(
+            record,
+            bytes_up=record.bytes_up + self.up[i] + reply,
+            bytes_down=record.bytes_down + self.down[i] + asked,
+        )
+
+
+def _secret(seed: int, number: int, index: int) -> bytes:
+    """A simulated client's 32 bytes."""
+    return hashlib.blake2b(f"secure\0{seed}\0{number}\0{index}".encode(), digest_size=32).digest()

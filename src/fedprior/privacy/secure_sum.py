@@ -1,0 +1,73 @@
+"""How secure aggregation is asked for: Algorithm(secure=SecureSum(bound=...)). sealed.py does it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+
+@dataclass(frozen=True)
+class SecureSum:
+    """The server sees the sum over a round's clients alone (secure.py), of values in fixed point (fixed_point.py).
+
+    Clients send what they have as the difference to what is known before any data were seen, weighted; the codec's
+    bytes go downwards alone.
+
+    Attributes:
+        bound: the largest change of an entry before its weight, for all terms or by term: {"phi": 1.0, "gain": 1e4}.
+            What is beyond is cut off; the records say how many clients had such a value.
+        bits: of an entry on the wire, 16, 32 or 64.
+        most: the largest weight; clients with more examples count as this many. Needed with weighting="examples".
+    """
+
+    bound: float | Mapping[str, float] = 4.0
+    bits: int = 32
+    most: float = 1.0
+
+    def __post_init__(self) -> None:
+        values = list(self.bound.values()) if isinstance(self.bound, Mapping) else [self.bound]
+        if not values or not all(0 < v < math.inf for v in [*values, self.most]):
+            raise ValueError(f"SecureSum needs finite bound > 0 and most > 0, got {self.bound} and {self.most}")
+
+    def bound_of(self, term: str) -> float:
+        """Of the entries of one term, before their weight."""
+        if not isinstance(self.bound, Mapping):
+            return self.bound
+        if term not in self.bound:
+            raise ValueError(
+                f"SecureSum(bound=...) has no bound for the term {term!r}, only for {', '.join(self.bound)}: add one"
+            )
+        return self.bound[term]
+
+
+def check(algorithm: Any) -> None:
+    """Refuse what needs to see single uploads.
+
+    Args:
+        algorithm: an Algorithm with `secure`.
+    """
+    secure, prior, codec = algorithm.secure, type(algorithm.prior).__name__, algorithm.codec
+    if algorithm.individual:
+        raise ValueError(
+            f"{prior} needs each client's upload by itself, and secure aggregation shows the server their sum alone: "
+            "leave secure=... out, or use a prior whose statistics are summed as they come"
+        )
+    if algorithm.feedback or hasattr(codec, "fraction"):
+        raise ValueError(
+            "under secure=SecureSum(...) all clients send the same entries, and none is sent late: "
+            "leave TopK and feedback=True out, and use codec=Dense()"
+        )
+    if getattr(codec, "value_type", "float32") not in ("float32", "float64"):
+        raise ValueError(
+            f"codec={codec} rounds, and under secure=SecureSum(...) uploads are fixed-point integers: write "
+            f"codec=Dense(), downlink={codec} and SecureSum(bits=...)"
+        )
+    if algorithm.budget is not None:
+        raise ValueError("budget=... plans the codec's bytes, and secure=SecureSum(...) sends others: leave one out")
+    if algorithm.weighting == "examples" and secure.most == 1:
+        raise ValueError(
+            "weighting='examples' hides each client's number of examples under secure=SecureSum(...): write most=..., "
+            "the largest number that a client may count for, or weighting='uniform'"
+        )

@@ -1,0 +1,275 @@
+"""Layers between uploads and their sum, in whole rounds: secure aggregation, privacy, robust rules."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+import fedprior as fp
+from cases import classification_clients, close, equal, without_seconds
+from fedprior import engines, posteriors, robust, tree, wire
+from fedprior.budget import Budget
+from fedprior.codecs import schema_of
+from fedprior.engines.stacked import Stacked
+from fedprior.layer import Setting
+from fedprior.privacy import Privacy, SecureSum, clipping, shamir
+from fedprior.privacy.central import Central
+from fedprior.privacy.sealed import Sealed
+from fedprior.records import ClientRecord
+from fedprior.rng import generator
+
+CLIENTS = classification_clients((8, 9, 14, 7, 6, 11, 20, 5, 9))
+MODEL = fp.models.mlp(4, (6,), 3)
+PLAIN = fp.fedavg(0.1, weighting="uniform")
+SECURE = replace(PLAIN, secure=SecureSum())
+
+
+def go(algorithm: fp.Algorithm, rounds: int = 3, **fields: Any) -> fp.Result:
+    chosen: dict[str, Any] = {"engine": engines.Sequential()} | fields
+    return fp.run(algorithm, MODEL, CLIENTS, rounds=rounds, **chosen)
+
+
+def record(index: int, status: Any = "ok") -> ClientRecord:
+    return ClientRecord(index, f"client-{index}", status, 1, 0, 0, 0.0)
+
+
+@pytest.mark.parametrize("gone", [0, 1, 3])
+def test_the_unmasked_sum_is_the_plain_sum_of_the_rounded_values(gone: int) -> None:
+    params = dict(MODEL.named_parameters())
+    algorithm = SECURE
+    eta, _ = algorithm.start({k: v.detach() for k, v in params.items()})
+    schema = schema_of(wire.flat(algorithm.message(eta, algorithm.inference.start(algorithm.prior, eta))))
+    ids = [3, 5, 8, 13, 21, 34, 55, 89, 144]
+    sealed = Sealed.begin(Setting(algorithm, schema, len(ids), 0), 1, eta, 0.0, ids)
+    total, want = None, None
+    for index in ids[gone:]:
+        rng = generator(0, index, "phi")
+        phi = {k: v + torch.randn(v.shape, generator=rng) for k, v in algorithm.prior.point(eta).items()}
+        stats = algorithm.message(eta, posteriors.Point(phi))
+        arrived = sealed.open(sealed.seal(eta, stats, 1.0, index))
+        total = arrived if total is None else total + arrived
+        message, _ = wire.difference(algorithm, eta, stats)
+        scale = {k: sealed.layout.fixed.scale(4.0) for k in message}
+        rounded = {k: torch.round(v.double() * scale[k]) / scale[k] for k, v in message.items()}
+        want = rounded if want is None else {k: want[k] + v for k, v in rounded.items()}
+    records = [record(i, "ok" if i in ids[gone:] else "dropped") for i in ids]
+    done = sealed.finish(eta, total, records)
+    assert done.total is not None and want is not None
+    assert done.total.clients == len(ids) - gone
+    exact = wire.restored(algorithm, eta, wire.unflat({k: v.float() for k, v in want.items()}, len(ids) - gone))
+    assert equal(wire.flat(done.total), wire.flat(exact))
+
+
+def test_a_sum_of_too_few_is_not_unmasked_and_the_run_goes_on() -> None:
+    result = go(SECURE, rounds=1, availability=fp.Availability(dropout=0.9))
+    answered = sum(c.status == "ok" for c in result.history[0].clients)
+    assert answered < 6  # of 9, two thirds are needed
+    assert "needed to unmask" in result.history[0].kept_eta
+    assert equal(result.params, {k: v.detach() for k, v in MODEL.named_parameters()})
+
+
+@pytest.mark.parametrize("weighting, most", [("uniform", 1.0), ("examples", 20.0)])
+def test_a_secure_run_is_the_plain_run_up_to_rounding(weighting: Any, most: float) -> None:
+    plain = go(replace(PLAIN, weighting=weighting))
+    secure = go(replace(PLAIN, weighting=weighting, secure=SecureSum(most=most)))
+    assert close(secure.params, plain.params, 1e-4)
+    assert not equal(secure.params, plain.params)  # or nothing was rounded
+    assert all(r.layer["within"] == 1 for r in secure.history)
+
+
+def test_workers_seal_alike() -> None:
+    one, many = go(SECURE), go(SECURE, engine=engines.Workers(2))
+    assert equal(one.params, many.params)
+    assert without_seconds(one.history) == without_seconds(many.history)
+
+
+def test_all_bytes_of_the_protocol_are_counted() -> None:
+    n, words = len(CLIENTS), sum(p.numel() for p in MODEL.parameters()) + 2  # with the weight and `within`
+    index, keys, tag, header, both = 4, 64, 16, 16, 2 * shamir.SHARE_BYTES
+    boxes = (n - 1) * (index + both + tag)
+    plain = go(PLAIN, rounds=1).history[0]
+    secure = go(SECURE, rounds=1).history[0]
+    request = 8 + n * index
+    for a, b in zip(secure.clients, plain.clients, strict=True):
+        assert a.bytes_up == keys + boxes + header + 4 * words + n * shamir.SHARE_BYTES
+        assert a.bytes_down == b.bytes_down + n * (index + keys) + boxes + request
+
+
+def test_fedsparse_stays_small_under_masks() -> None:
+    """Entries of removed units are not sent, and what is removed is what an open run removes."""
+    model = fp.models.mlp(4, (40,), 3)
+    sparse = replace(fp.fedsparse(lr=0.1, density=0.3), weighting="uniform")
+    hidden = replace(sparse, secure=SecureSum(bound={"phi": 4.0, "gain": 1e4, "clients": 1.0}))
+    a, b = (fp.run(x, model, CLIENTS, rounds=6, engine=engines.Sequential()) for x in (sparse, hidden))
+    assert [r.parameters_left for r in a.history] == [r.parameters_left for r in b.history]
+    assert close(a.params, b.params, 1e-3)
+    saved = b.history[0].bytes_up - b.history[-1].bytes_up
+    units = (a.history[0].parameters_left - a.history[-1].parameters_left) // 8  # 4 weights in, a bias, 3 weights out
+    assert units > 0
+    assert saved == len(CLIENTS) * 4 * units * (8 + 1)  # and a gain
+
+
+REFUSED = {
+    "top-k": (lambda: replace(fp.topk(0.1), weighting="uniform", secure=SecureSum()), "TopK"),
+    "own etas": (lambda: replace(fp.feddropout(0.1), secure=SecureSum()), "upload by itself"),
+    "budget": (lambda: replace(SECURE, budget=Budget(1.0)), "budget"),
+    "weights": (lambda: replace(fp.fedavg(0.1, weighting="examples"), secure=SecureSum()), "most="),
+    "robust": (lambda: replace(SECURE, robust=robust.Median()), "robust"),
+    "private weights": (lambda: replace(PLAIN, weighting="examples", privacy=Privacy(1.0)), "weighting='uniform'"),
+    "no wish": (lambda: Privacy(), "target_epsilon"),
+    "cohort": (lambda: go(SECURE, cohort=2), "cohort of 3"),
+    "bits": (lambda: go(replace(PLAIN, secure=SecureSum(bits=8))), "bits must be one of"),
+    "delta": (lambda: go(replace(PLAIN, privacy=Privacy(1.0, delta=0.5))), "delta=0.5"),
+    "one round too dear": (lambda: go(replace(PLAIN, privacy=Privacy(0.1, 0.5))), "give more noise"),
+    "running means": (
+        lambda: fp.run(
+            replace(PLAIN, privacy=Privacy(1.0, delta=0.01)),
+            torch.nn.Sequential(torch.nn.Linear(4, 3), torch.nn.BatchNorm1d(3)),
+            CLIENTS,
+            rounds=1,
+        ),
+        "GroupNorm",
+    ),
+    "stacked": (lambda: go(SECURE, engine=Stacked()), "one by one"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_what_does_not_fit_is_refused_before_round_one(case: str) -> None:
+    build, words = REFUSED[case]
+    with pytest.raises(ValueError, match=words):
+        build()
+
+
+@pytest.mark.parametrize("length", [0.1, 1.0, 7.0])
+def test_clipping_bounds_the_norm_and_keeps_the_direction(length: float) -> None:
+    message = {"phi/a": torch.randn(5, generator=generator(0, "a")), "gain/b": torch.ones(2)}
+    units = {"gain": 10.0}
+    factor = length / clipping.norm(message, units)
+    message = {k: factor * v for k, v in message.items()}
+    clipped, within = clipping.clip(message, 1.0, units)
+    assert within == (clipping.norm(message, units) <= 1.0)
+    assert clipping.norm(clipped, units) <= 1.0
+    ratios = torch.cat([clipped[k] / message[k] for k in message])
+    assert torch.allclose(ratios, torch.full_like(ratios, min(1.0, 1 / length)), atol=1e-5)
+
+
+@pytest.mark.parametrize("sampling", ["fixed", "poisson"])
+def test_epsilon_is_that_of_dp_accounting(sampling: Any) -> None:
+    import dp_accounting as dp
+    from dp_accounting import rdp
+
+    privacy = Privacy(noise_multiplier=2.0, delta=1e-4, sampling=sampling).planned(10, 20, 500)
+    poisson = sampling == "poisson"
+    if poisson:
+        event: Any = dp.PoissonSampledDpEvent(20 / 500, dp.GaussianDpEvent(2.0))
+        relation = dp.NeighboringRelation.ADD_OR_REMOVE_ONE
+    else:  # to replace a client moves the sum by 2 C
+        event = dp.SampledWithoutReplacementDpEvent(500, 20, dp.GaussianDpEvent(1.0))
+        relation = dp.NeighboringRelation.REPLACE_ONE
+    want = rdp.RdpAccountant(neighboring_relation=relation).compose(dp.SelfComposedDpEvent(event, 10))
+    # a coarser list of orders can only be more careful
+    assert want.get_epsilon(1e-4) <= privacy.epsilon(10) * (1 + 1e-9) <= 1.05 * want.get_epsilon(1e-4)
+
+
+def test_the_target_finds_the_noise_and_the_records_show_what_is_spent() -> None:
+    result = go(replace(PLAIN, privacy=Privacy(20.0, delta=0.01)))
+    spent = [r.layer["epsilon"] for r in result.history]
+    assert spent == sorted(spent) and 0.95 * 20 < spent[-1] <= 20
+
+
+def test_a_run_stops_before_the_target() -> None:
+    result = go(replace(PLAIN, privacy=Privacy(20.0, noise_multiplier=1.0, delta=0.01)), rounds=50)
+    privacy: Any = result.algorithm.privacy
+    last = len(result.history)
+    assert 1 <= last < 50
+    assert privacy.epsilon(last) <= 20 < privacy.epsilon(last + 1)
+
+
+@pytest.mark.parametrize("secure, more", [(None, 1.0), (SecureSum(), (9 / 6) ** 0.5)], ids=["central", "distributed"])
+@pytest.mark.parametrize("quantile", [None, 0.5])
+def test_the_noise_has_its_deviation(secure: Any, more: float, quantile: float | None) -> None:
+    """Clients that learn nothing: what is left is noise; if none drops out, (cohort / least)^(1/2) times too much."""
+    still = replace(fp.fedavg(1e-12, weighting="uniform"), secure=secure)
+    privacy = Privacy(noise_multiplier=0.8, delta=0.01, quantile=quantile).planned(1, 9, 9)
+    model = fp.models.mlp(4, (60,), 3)
+    result = fp.run(replace(still, privacy=privacy), model, CLIENTS, rounds=1)
+    moved = tree.map(lambda a, b: a - b.detach(), result.params, dict(model.named_parameters()))
+    noise = torch.cat([v.flatten() for v in moved.values()]).double()
+    assert float(noise.std()) == pytest.approx(more * privacy.noise / 9, rel=4 / (2 * len(noise)) ** 0.5)
+
+
+def canary_scores(privacy: Privacy, sign: float, trials: int) -> np.ndarray:
+    """What the noisy sums say of one client, who says `sign` times more than may be said, in its own direction."""
+    algorithm = replace(PLAIN, privacy=privacy)
+    eta, _ = algorithm.start({k: v.detach() for k, v in MODEL.named_parameters()})
+    start = algorithm.message(eta, algorithm.inference.start(algorithm.prior, eta))
+    known, schema = wire.flat(start), schema_of(wire.flat(start))
+    direction = {k: torch.ones_like(v) for k, v in known.items()}
+    stats = wire.unflat({k: v + sign * direction[k] for k, v in known.items()}, 1.0)
+    scores = []
+    for seed in range(trials):
+        central = Central(algorithm, privacy, privacy.clip, schema, seed, 1)
+        done = central.finish(eta, central.receive(eta, stats, "canary"), [record(0)])
+        assert done.total is not None
+        moved = {k: v - privacy.cohort * known[k] for k, v in wire.flat(done.total).items()}
+        scores.append(float(sum(v.double().sum() for v in moved.values())))
+    return np.array(scores) / sum(v.numel() for v in known.values()) ** 0.5
+
+
+def found_too_often(there: np.ndarray, absent: np.ndarray, epsilon: float, delta: float) -> bool:
+    """true positives > e^eps false positives + delta at some threshold, beyond four standard errors."""
+    for threshold in np.linspace(-6, 6, 25):
+        found, false = (there > threshold).mean(), (absent > threshold).mean()
+        errors = [4 * (p * (1 - p) / len(there)) ** 0.5 + 4 / len(there) for p in (found, false)]
+        if found - errors[0] > np.exp(epsilon) * (false + errors[1]) + delta:
+            return True
+    return False
+
+
+def test_a_canary_is_not_found_more_often_than_epsilon_allows() -> None:
+    """Neighbours say +C and -C, the worst there is; with a tenth of the noise the same audit finds the canary."""
+    trials = 400
+    privacy = Privacy(noise_multiplier=3.0, delta=0.01).planned(1, 9, 9)
+    there, absent = canary_scores(privacy, 1.0, trials), canary_scores(privacy, -1.0, 2 * trials)[trials:]
+    assert not found_too_often(there, absent, privacy.epsilon(1), privacy.delta)
+    assert there.mean() - absent.mean() == pytest.approx(2 * privacy.clip, abs=4 * 3.0 * (2 / trials) ** 0.5)
+    less = Privacy(noise_multiplier=0.3, delta=0.01).planned(1, 9, 9)
+    there, absent = canary_scores(less, 1.0, trials), canary_scores(less, -1.0, 2 * trials)[trials:]
+    assert found_too_often(there, absent, privacy.epsilon(1), privacy.delta)
+
+
+ROWS = torch.randn(10, 7, generator=generator(0, "rows"), dtype=torch.float64)
+
+
+@pytest.mark.parametrize("rule", [robust.Median(), robust.TrimmedMean(0.2), robust.Krum(2, 5), robust.NormBound()])
+@pytest.mark.parametrize("scale", [1e3, -1e3, 1e30])
+def test_two_attackers_of_ten_cannot_move_a_robust_rule_far(rule: robust.Rule, scale: float) -> None:
+    attacked = torch.cat([ROWS[:8], scale * ROWS[8:]])
+    estimate, _ = rule.combine(attacked)
+    low, high = ROWS.min(0).values, ROWS.max(0).values
+    assert bool(((estimate >= low) & (estimate <= high)).all())
+    plain, _ = robust.Mean().combine(attacked)
+    assert not bool(((plain >= low) & (plain <= high)).all())
+
+
+def test_rules_are_what_a_loop_says() -> None:
+    columns = [sorted(column) for column in ROWS.T.tolist()]
+    median, _ = robust.Median().combine(ROWS)
+    trimmed, _ = robust.TrimmedMean(0.2).combine(ROWS)
+    assert median.tolist() == pytest.approx([(c[4] + c[5]) / 2 for c in columns])
+    assert trimmed.tolist() == pytest.approx([sum(c[2:8]) / 6 for c in columns])
+    scores = []
+    for i in range(10):
+        distances = sorted(float((ROWS[i] - ROWS[j]).square().sum()) for j in range(10) if j != i)
+        scores.append(sum(distances[: 10 - 2 - 2]))
+    krum, why = robust.Krum(2).combine(ROWS)
+    assert torch.equal(krum, ROWS[int(np.argmin(scores))]) and sum(not w for w in why) == 1
+
+
+def test_the_mean_as_a_rule_is_the_plain_run() -> None:
+    assert close(go(replace(PLAIN, robust=robust.Mean())).params, go(PLAIN).params, 1e-5)
