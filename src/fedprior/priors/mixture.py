@@ -9,8 +9,8 @@ r"""A mixture of K Gaussians: every client has a share in each of K models.
     M-step   w_k = sum_s pi_sk phi_sk / sum_s pi_sk,      share_k = (sum_s pi_sk + 1/K) / (sum_s 1 + 1)
 
 The last terms of both lines are 0 where the shares sum to 1, which they do at the maximum: they are the multiplier.
-A component that has less than 1e-6 of the clients keeps its w_k. The components start around the model, for equal ones
-would stay equal: w_0 is the model, and w_k = w_0 + spread x rms(w_0) x noise, tensor by tensor.
+A component that has less than 1e-6 of the clients keeps its w_k. The components start around the model w, for equal
+ones would stay equal: w_k = w + spread x rms(w) x noise, tensor by tensor. None starts at w, which may fit all best.
 
     paper   code         shape                                 paper   code              shape
     w       eta.mean     (K, ...) for a parameter's (...)      pi      t["pi"]["pi"]     (K,)
@@ -76,8 +76,8 @@ class Mixture:
         def around(name: str, w: Tensor) -> Tensor:
             if self.names is not None and name not in self.names:
                 return w.expand(self.components, *w.shape).clone()
-            noise = torch.randn(self.components - 1, *w.shape, generator=rng, dtype=w.dtype).to(w.device)
-            return torch.cat([w[None], w + self.spread * w.square().mean().sqrt() * noise])
+            noise = torch.randn(self.components, *w.shape, generator=rng, dtype=w.dtype).to(w.device)
+            return w + self.spread * w.square().mean().sqrt() * noise
 
         first = next(iter(params.values()))
         share = first.new_full((self.components,), 1 / self.components)
