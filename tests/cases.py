@@ -144,6 +144,12 @@ def taught(case: Case, rng: torch.Generator) -> posteriors.Distilled:
     return posteriors.Distilled(normal(rng, case.params), normal(rng, case.params))
 
 
+def mixed(case: Case, rng: torch.Generator) -> posteriors.Mixed:
+    """Three components, of which the client has a part in each."""
+    phi = tree.map(lambda v: torch.randn(3, *v.shape, generator=rng, dtype=v.dtype), case.params)
+    return posteriors.Mixed(phi, {"pi": torch.randn(3, generator=rng, dtype=torch.float64).softmax(0)})
+
+
 def bound(prior: Any, model: nn.Module, x: Tensor) -> dict[str, Any]:
     return {"prior": prior.bind(model, x), "params": Objective(model).params()}
 
@@ -183,6 +189,8 @@ PRIORS = [
     Case("horseshoe", priors.ScaleMixture("horseshoe"), PLAIN, scaled, e_step=inference.Reweighted(0.1)),
     Case("distilled", priors.Distilled(), PLAIN, taught, curved=False, e_step=inference.Langevin(0.1, 0.1)),
     Case("sites", priors.Sites(0.5), PLAIN, site, e_step=inference.Sites()),
+    Case("mixture-0", priors.Mixture(), PLAIN, mixed, curved=False, e_step=inference.Mixture(0.1)),
+    Case("mixture-2", priors.Mixture(precision=2.0), PLAIN, mixed, e_step=inference.Mixture(0.1)),
     Case("feddyn-2", priors.FedDyn(2.0), PLAIN, tilted, e_step=inference.Tilted(0.1)),
 ]
 
@@ -208,14 +216,10 @@ class Wider:
         return {**self.q.mean(), **self.more}
 
     def second_moment(self) -> Params:
-        own = self.q.second_moment() if hasattr(self.q, "second_moment") else {}  # a posterior may do without
-        return {**own, **tree.map(torch.square, self.more)}
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self.q, name)
+        return {**self.q.second_moment(), **tree.map(torch.square, self.more)}
 
 
-SPLITS = [split(case) for case in PRIORS]
+SPLITS = [split(case) for case in PRIORS if case.posterior in (point, diagonal)]  # moments are all that a part sees
 PERSONAL_HEAD = priors.Split({"@head": priors.Personal(), "*": priors.Gaussian(2.0)})
 SPLITS += [Case("split-personal", **bound(PERSONAL_HEAD, MLP, VECTORS), posterior=point)]
 

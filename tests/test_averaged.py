@@ -149,11 +149,13 @@ def test_the_dense_inverse_catches_the_mistake(mistake: str, monkeypatch: pytest
         test_the_line_is_the_dense_inverse(3, 1.0)
 
 
-def test_it_is_nearer_than_fedavg_with_as_many_steps() -> None:
-    """IASG samples of mini-batches: not exact, but the covariance takes out part of FedAvg's bias."""
-    wanted = best(CLIENTS, "examples")
-    local = {"lr": 0.2, "epochs": 12, "batch_size": 4}
-    plain = quadratics.run(fp.fedavg(**local), CLIENTS, 40)
-    pa = replace(fp.fedpa(**local, burn_in=2, shrinkage=1.0), server=fp.server.Damped(0.2))
-    corrected = quadratics.run(pa, CLIENTS, 120)
-    assert (phi(corrected) - wanted).norm() < (phi(plain) - wanted).norm()
+def test_without_noise_in_the_steps_it_ends_where_fedavg_does() -> None:
+    """Full batches to convergence: all samples are the client's optimum, S = 0, and Delta = (w - optimum) / rho_n."""
+    local = {"lr": 0.3, "epochs": 150, "batch_size": None, "weighting": "examples"}
+    n, shrinkage = 2, 1.0
+    step = fp.server.Damped(1 / (1 + (n - 1) * shrinkage))  # rho_n: back to the mean of the optima in one round
+    pa = replace(fp.fedpa(**local, burn_in=148, shrinkage=shrinkage), server=step)
+    mean = sum(len(c.train) * optimum(c) for c in CLIENTS) / sum(len(c.train) for c in CLIENTS)
+    for algorithm in (pa, fp.fedavg(**local)):
+        assert torch.allclose(phi(quadratics.run(algorithm, CLIENTS, 2)), mean, rtol=0, atol=1e-6)
+    assert (mean - best(CLIENTS, "examples")).abs().max() > 0.1

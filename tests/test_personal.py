@@ -199,6 +199,9 @@ def test_what_does_not_fit_is_refused_before_round_one() -> None:
         fp.run(replace(fp.fedrep(0.1), prior=priors.Gaussian()), plain, CLIENTS, rounds=1)
     with pytest.raises(TypeError, match=r"Dropout needs a whole model \(cut, sample, accept\)"):
         fp.run(fp.Algorithm(priors.Split({"*": priors.Dropout()}), inference.Point(0.1)), plain, CLIENTS, rounds=1)
+    for prior, read in {priors.Sites(): "precision", priors.Distilled(): "student", priors.Scaffold(): "step"}.items():
+        with pytest.raises(TypeError, match=rf"{type(prior).__name__} reads '{read}' of a posterior"):
+            priors.Split({"@head": prior, "*": priors.Gaussian()}).bind(plain, CLIENTS[0].train.x)
     with pytest.raises(ValueError, match=r"no pattern matches '2\.weight'"):
         priors.Split({"1.*": priors.Gaussian()}).init({"2.weight": torch.zeros(1)})
 

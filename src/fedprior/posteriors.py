@@ -182,6 +182,19 @@ class Site:
 
 
 @dataclass(frozen=True)
+class Mixed:
+    """A few models, and how much of the client comes from each.
+
+    Attributes:
+        phi: the models, stacked: (K, ...) for a parameter's (...).
+        pi: {"pi": (K,)}, >= 0, with sum 1.
+    """
+
+    phi: Params
+    pi: Params
+
+
+@dataclass(frozen=True)
 class Distilled:
     """A sample of a posterior, and a model that predicts what many samples do.
 

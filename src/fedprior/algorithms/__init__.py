@@ -20,16 +20,18 @@ from fedprior.algorithms.bayesian import (
     scaffold,
 )
 from fedprior.algorithms.distilled import apqn, decoupled, fedppd, kure, mqat, pfedbred
-from fedprior.algorithms.personal import ditto, fedbn, fedper, fedrep, local, pfedme
+from fedprior.algorithms.mixtures import fedem, ifca
+from fedprior.algorithms.personal import ditto, fedbn, fedper, fedrep, local, pfedbayes, pfedme
 from fedprior.algorithms.smaller import feddropout, fedsparse, grouplasso, topk
 
 _AVERAGING = (fedavg, fedprox, fedavgm, fedadagrad, fedadam, fedyogi)
 _SMALLER = (fedsparse, feddropout, grouplasso, topk)
 _BAYESIAN = (scaffold, feddyn, fola, fedhb, learnedscale, laplace, horseshoe, fedpa, pvi, fedep, fedsep)
-_PERSONAL = (local, fedper, fedrep, fedbn, pfedme, ditto)
+_PERSONAL = (local, fedper, fedrep, fedbn, pfedme, ditto, pfedbayes)
 _DISTILLED = (pfedbred, fedppd, kure, apqn, mqat, decoupled)
+_MIXTURES = (fedem, ifca)
 ALGORITHMS: Mapping[str, Callable[..., Algorithm]] = {
-    f.__name__: f for f in _AVERAGING + _SMALLER + _PERSONAL + _BAYESIAN + _DISTILLED
+    f.__name__: f for f in _AVERAGING + _SMALLER + _PERSONAL + _BAYESIAN + _DISTILLED + _MIXTURES
 }
 
 __all__ = [
@@ -44,6 +46,7 @@ __all__ = [
     "fedbn",
     "feddropout",
     "feddyn",
+    "fedem",
     "fedep",
     "fedhb",
     "fedpa",
@@ -57,11 +60,13 @@ __all__ = [
     "fola",
     "grouplasso",
     "horseshoe",
+    "ifca",
     "kure",
     "laplace",
     "learnedscale",
     "local",
     "mqat",
+    "pfedbayes",
     "pfedbred",
     "pfedme",
     "pvi",

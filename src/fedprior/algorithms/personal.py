@@ -97,6 +97,24 @@ def ditto(
     return Algorithm(priors.Gaussian(), e_step, weighting=weighting, name="ditto")
 
 
+def pfedbayes(
+    lr: float = 0.05,
+    zeta: float = 1.0,
+    spread: float = 0.1,
+    floor: float = 1e-2,
+    epochs: int = 1,
+    batch_size: int | None = 20,
+    weighting: Weighting = "examples",
+) -> Algorithm:
+    """Zhang et al. 2022, arXiv:2206.07977: each client has a Gaussian over its weights, pulled to the server's.
+
+    The paper's zeta is as here; `spread` is the width that a client begins with (inference.MeanField), and `floor` the
+    server's smallest variance (priors.LearnedScale). The server matches the mean of the clients' moments.
+    """
+    e_step = inference.MeanField(lr, epochs, batch_size, zeta, spread)
+    return Algorithm(priors.LearnedScale(floor), e_step, weighting=weighting, name="pfedbayes")
+
+
 def _split(personal: str) -> priors.Split:
     """What stays with the clients, and FedAvg for the rest."""
     own = {pattern.strip(): priors.Personal() for pattern in personal.split(",")}

@@ -8,6 +8,8 @@ from fedprior.inference.gains import Gains
 from fedprior.inference.gated import Gated
 from fedprior.inference.langevin import Langevin
 from fedprior.inference.laplace import Laplace
+from fedprior.inference.mean_field import MeanField
+from fedprior.inference.mixture import Mixture
 from fedprior.inference.moreau import Moreau
 from fedprior.inference.point import Point
 from fedprior.inference.reweighted import Reweighted
@@ -24,6 +26,8 @@ __all__ = [
     "Gated",
     "Langevin",
     "Laplace",
+    "MeanField",
+    "Mixture",
     "Moreau",
     "Point",
     "Reweighted",

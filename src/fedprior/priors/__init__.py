@@ -7,6 +7,7 @@ from fedprior.priors.feddyn import FedDyn
 from fedprior.priors.gaussian import Gaussian
 from fedprior.priors.group_lasso import GroupLasso
 from fedprior.priors.learned_scale import LearnedScale
+from fedprior.priors.mixture import Mixture
 from fedprior.priors.niw import NIW
 from fedprior.priors.online_laplace import OnlineLaplace
 from fedprior.priors.personal import Personal
@@ -26,6 +27,7 @@ __all__ = [
     "Gaussian",
     "GroupLasso",
     "LearnedScale",
+    "Mixture",
     "OnlineLaplace",
     "Personal",
     "Scaffold",

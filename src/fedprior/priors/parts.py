@@ -10,6 +10,7 @@ from typing import Any
 
 from torch import nn
 
+from fedprior import posteriors
 from fedprior.core import Eta, Params, Stats
 
 _NORMS = (nn.modules.batchnorm._NormBase, nn.LayerNorm, nn.GroupNorm)
@@ -49,7 +50,7 @@ def take(params: Mapping[str, Any], names: Iterable[str]) -> Params:
 
 
 class PartOf:
-    """A posterior as one part sees it: moments of the parameters `names`; all else (gates, say) as it is."""
+    """A posterior as one part sees it: its moments of the parameters `names`, and nothing else."""
 
     def __init__(self, q: Any, names: Sequence[str]) -> None:
         self._q, self._names = q, names
@@ -62,8 +63,26 @@ class PartOf:
         """E[phi^2] of the names, elementwise."""
         return take(self._q.second_moment(), self._names)
 
+
+class Moments:
+    """What a part may read of a posterior: a TypeError for anything else."""
+
+    def __init__(self, phi: Params, reader: str) -> None:
+        self._q, self._reader = posteriors.Point(phi), reader
+
+    def mean(self) -> Params:
+        """phi."""
+        return self._q.mean()
+
+    def second_moment(self) -> Params:
+        """Its squares."""
+        return self._q.second_moment()
+
     def __getattr__(self, name: str) -> Any:
-        return getattr(self._q, name)
+        raise TypeError(
+            f"{self._reader} reads {name!r} of a posterior, and a part of a Split has mean() and second_moment() only: "
+            "use it for the whole model, or write Gaussian() for this part"
+        )
 
 
 def join_etas(etas: Sequence[Eta]) -> Eta:

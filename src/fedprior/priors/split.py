@@ -27,7 +27,7 @@ from torch import Tensor, nn
 
 from fedprior.core import Eta, Params, Stats
 from fedprior.objective import params_of
-from fedprior.priors.parts import PartOf, assigned, globs, join_etas, join_stats, part_etas, part_stats, take
+from fedprior.priors.parts import Moments, PartOf, assigned, globs, join_etas, join_stats, part_etas, part_stats, take
 
 _NOT_A_PART = ("cut", "sample", "accept", "reference")
 
@@ -74,7 +74,8 @@ class Split:
                 raise TypeError(
                     f"{type(prior).__name__} needs a whole model ({', '.join(unfit)}), not a part of a Split"
                 )
-            parts[pattern] = prior.bind(model, x) if hasattr(prior, "bind") else prior
+            parts[pattern] = bound = prior.bind(model, x) if hasattr(prior, "bind") else prior
+            bound.stats(Moments(take(params, own), type(prior).__name__))
         return replace(self, parts=parts, names=names).recall(params)
 
     def recall(self, kept: Params) -> Split:

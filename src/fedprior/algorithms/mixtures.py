@@ -1,0 +1,43 @@
+"""Several models at the server: clients have a share in each, or belong to one."""
+
+from __future__ import annotations
+
+from fedprior import inference, priors
+from fedprior.algorithm import Algorithm, Weighting
+
+
+def fedem(
+    lr: float = 0.05,
+    components: int = 3,
+    spread: float = 0.5,
+    start: int = 0,
+    epochs: int = 1,
+    batch_size: int | None = 20,
+    weighting: Weighting = "examples",
+) -> Algorithm:
+    """Marfoq et al. 2021, arXiv:2108.10252: every example comes from one of a few models, in a client's own shares.
+
+    The models start around yours, at a distance of `spread` times its weights; `start` is the seed (priors.Mixture).
+    All of them travel.
+    """
+    e_step = inference.Mixture(lr, epochs, batch_size)
+    return Algorithm(priors.Mixture(components, spread=spread, seed=start), e_step, weighting=weighting, name="fedem")
+
+
+def ifca(
+    lr: float = 0.05,
+    clusters: int = 2,
+    spread: float = 0.5,
+    start: int = 0,
+    epochs: int = 1,
+    batch_size: int | None = 20,
+    weighting: Weighting = "examples",
+) -> Algorithm:
+    """Ghosh et al. 2020, arXiv:2006.04088: every client trains the one of a few models that fits it best.
+
+    The models start around yours, at a distance of `spread` times its weights; `start` is the seed (priors.Mixture). If
+    all clients begin with the same one, they stay with it: try another `start`. A client's message has a slot for each
+    model, so that a sum over clients does not tell which was whose.
+    """
+    e_step = inference.Mixture(lr, epochs, batch_size, hard=True)
+    return Algorithm(priors.Mixture(clusters, spread=spread, seed=start), e_step, weighting=weighting, name="ifca")

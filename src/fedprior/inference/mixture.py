@@ -1,0 +1,132 @@
+r"""E-steps of a mixture: which of K models a client's examples, or the whole client, come from; then SGD on each.
+
+    soft (FedEM)   r_ik = pi_k p(y_i | f(x_i; w_k)) / sum_j pi_j p(y_i | f(x_i; w_j))
+                   with the client's last pi; the server's shares, for a new client
+    hard (IFCA)    r_ik = 1 for the k with the largest sum_i log p(y_i | f(x_i; w_k)), 0 for the others
+    pi_k = (1/N_s) sum_i r_ik
+    phi_k by SGD from w_k on
+        (1/N_s) sum_i (r_ik / pi_k) log p(y_i | f(x_i; phi_k)) - (precision / 2 N_s) |phi_k - w_k|^2
+
+pi is the personal state of a soft client, and a hard one keeps nothing. A component with pi_k = 0 is not trained.
+With one full-batch step, and clients that count by examples, w_k moves by lr times the gradient of the mean of all
+examples' log-likelihoods weighted by r_ik: gradient EM on the pooled data. Marfoq's code divides by N_s and not by
+N_s pi_k, and then weighs clients by N_s: the same direction, at pi_k times the rate. Personal predictions are
+sum_k pi_k p(y | f(x; w_k)), with the server's components and the pi that EM finds for them.
+
+Marfoq et al. 2021, arXiv:2108.10252, Algorithm 1; Ghosh et al. 2020, arXiv:2006.04088, Algorithm 1 (model averaging).
+"""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fedprior import posteriors
+from fedprior.core import Client, Eta, Examples, Params
+from fedprior.inference.ascent import check_steps
+from fedprior.inference.point import Point
+from fedprior.objective import Loss, Objective
+from fedprior.priors.gaussian import Gaussian
+from fedprior.priors.mixture import component
+
+_PASSES = 100  # EM for pi alone is concave, and costs no pass over the data
+_CHUNK = 1000
+
+
+@dataclass(frozen=True)
+class Mixture:
+    """Responsibilities at the server's components, then SGD on each that has any.
+
+    Attributes:
+        lr: learning rate, for a loss in nats per example.
+        epochs: passes over the client's examples, for each component.
+        batch_size: examples a step; None for all of them.
+        hard: a client has one component, not a share in each.
+    """
+
+    lr: float
+    epochs: int = 1
+    batch_size: int | None = 20
+    hard: bool = False
+
+    def __post_init__(self) -> None:
+        check_steps(self.lr, self.epochs, self.batch_size)
+
+    def start(self, prior: Any, eta: Eta) -> posteriors.Mixed:
+        """The server's components and shares."""
+        if not hasattr(eta, "share"):
+            raise TypeError(
+                f"inference.Mixture needs a prior with components, and {type(prior).__name__} has one. "
+                "Use the prior Mixture(components=...), or inference.Point(lr=...)."
+            )
+        return posteriors.Mixed(eta.mean, eta.share)
+
+    def e_step(
+        self, objective: Objective, prior: Any, eta: Eta, client: Client, state: Params | None, rng: torch.Generator
+    ) -> tuple[posteriors.Mixed, Params | None]:
+        """The client's components and pi."""
+        scores = log_likelihoods(objective, eta, client.train)
+        r = self._responsibilities(scores, _pi(eta, state))
+        pi = r.mean(0)
+        models = [
+            self._train(objective, prior, component(eta.mean, k), client, r[:, k] / pi[k], rng)
+            if pi[k] > 0
+            else component(eta.mean, k)
+            for k in range(len(pi))
+        ]
+        phi = {name: torch.stack([model[name] for model in models]) for name in eta.mean}
+        return posteriors.Mixed(phi, {"pi": pi}), state if self.hard else {"pi": pi}
+
+    def personal(
+        self, objective: Objective, prior: Any, eta: Eta, client: Client, state: Params | None, rng: torch.Generator
+    ) -> posteriors.Predictive:
+        """The server's components that the client has a part in."""
+        scores, pi = log_likelihoods(objective, eta, client.train), _pi(eta, state)
+        for _ in range(1 if self.hard else _PASSES):
+            pi = self._responsibilities(scores, pi).mean(0)
+        own = [k for k in range(len(pi)) if pi[k] > 0]
+        return posteriors.Predictive(tuple(pi[own].tolist()), tuple(component(eta.mean, k) for k in own))
+
+    def _responsibilities(self, scores: Tensor, pi: Tensor) -> Tensor:
+        """r, (N_s, K), from log-likelihoods (N_s, K)."""
+        if self.hard:
+            best = torch.zeros_like(pi)
+            best[scores.sum(0).argmax()] = 1
+            return best.expand_as(scores)
+        return (scores + pi.log()).softmax(1)
+
+    def _train(
+        self, objective: Objective, prior: Any, w: Params, client: Client, weights: Tensor, rng: torch.Generator
+    ) -> Params:
+        """SGD from w on weighted examples: their rows stand in for their targets."""
+
+        def log_lik(outputs: Tensor, rows: Tensor) -> Tensor:
+            return weights[rows] * objective.loss.log_lik(outputs, client.train.y[rows])
+
+        weighted = copy.copy(objective)
+        weighted.loss = Loss(log_lik)
+        rows = torch.arange(len(client.train), device=client.train.y.device)
+        own = Client(client.index, client.name, Examples(client.train.x, rows))
+        scatter = Gaussian(prior.precision)
+        return Point(self.lr, self.epochs, self.batch_size).train(weighted, scatter, scatter.init(w), own, rng)
+
+
+@torch.no_grad()
+def log_likelihoods(objective: Objective, eta: Eta, data: Examples) -> Tensor:
+    """log p(y_i | f(x_i; w_k)), (N_s, K), in evaluation mode."""
+    objective.train(False)
+
+    def of(phi: Params) -> Tensor:
+        batches = zip(data.x.split(_CHUNK), data.y.split(_CHUNK), strict=True)
+        return torch.cat([objective.loss.log_lik(objective.outputs(phi, x), y) for x, y in batches])
+
+    return torch.stack([of(component(eta.mean, k)) for k in range(len(eta.share["pi"]))], 1)
+
+
+def _pi(eta: Eta, state: Params | None) -> Tensor:
+    """The client's last, or the server's shares for a new client."""
+    return eta.share["pi"] if state is None else state["pi"]
