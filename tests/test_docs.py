@@ -1,12 +1,21 @@
 """What is printed in the docs is run: every python block of a page, in order, in one namespace."""
 
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from torch import nn
+
+import fedprior as fp
+from cases import classification_clients, redraw
+from fedprior.privacy.secure_sum import SecureSum
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("**/*.md"))]
+INDEX = (ROOT / "docs/algorithms/README.md").read_text()
+CLIENTS = classification_clients((14, 9, 11))
+MODEL = redraw(nn.Sequential(nn.Linear(4, 64), nn.GroupNorm(32, 64), nn.ReLU(), nn.Linear(64, 3)).double()).float()
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)
@@ -38,3 +47,42 @@ def test_the_readme_prints_what_its_script_prints(capsys):
 def test_links_lead_to_files(page):
     for target in re.findall(r"\]\((?!https?://)([^)#]+)", page.read_text()):
         assert (page.parent / target).exists(), f"{page.name} links to {target}"
+
+
+def sum_only(algorithm: fp.Algorithm) -> str:
+    """Whether the algorithm takes a secure sum; if so a round of it is run."""
+    try:
+        summed = replace(algorithm, secure=SecureSum(most=20))
+    except ValueError:
+        return "no"
+    (record,) = fp.run(summed, MODEL, CLIENTS, rounds=1, progress=False).history
+    assert [c.status for c in record.clients] == ["ok"] * len(CLIENTS)
+    return "yes"
+
+
+def personal(algorithm: fp.Algorithm) -> str:
+    """Whether a part of the prior stays with the client, or the E-step has a model of the client's own."""
+    parts = getattr(algorithm.prior, "parts", {"*": algorithm.prior}).values()
+    if any(hasattr(part, "kept") for part in parts):
+        return "kept"
+    return "own" if hasattr(algorithm.inference, "personal") else ""
+
+
+@pytest.mark.parametrize("name", fp.ALGORITHMS)
+def test_every_algorithm_has_a_page_and_a_true_row(name):
+    make = fp.ALGORITHMS[name]
+    algorithm, what = make(), (make.__doc__ or "").splitlines()[0].split(": ", 1)[-1]
+    prior, e_step = (type(part).__name__ for part in (algorithm.prior, algorithm.inference))
+    (link,) = re.findall(rf"^\| \[{name}\]\((\w+\.md)\) ", INDEX, re.M)
+    row = f"| [{name}]({link}) | {what} | {prior} | {e_step} | {sum_only(algorithm)} | {personal(algorithm)} |"
+    assert row in INDEX.splitlines()
+    page = (ROOT / "docs/algorithms" / link).read_text()
+    assert re.search(rf"^[^#\n]*\bfp\.{name}\b", "".join(re.findall(r"^```python\n(.*?)^```", page, re.M | re.S)), re.M)
+    for part in ("**When to use it.**", "**Reference.**"):
+        assert part in page
+
+
+def test_the_index_lists_algorithms_in_order_and_all_pages():
+    rows = re.findall(r"^\| \[(\w+)\]\((\w+\.md)\)", INDEX, re.M)
+    assert [name for name, _ in rows] == list(fp.ALGORITHMS)
+    assert {page for _, page in rows} == {p.name for p in (ROOT / "docs/algorithms").glob("*.md")} - {"README.md"}

@@ -1,6 +1,7 @@
 """Federated learning in which the prior is the algorithm."""
 
 from fedprior import (
+    adapters,
     codecs,
     data,
     engines,
@@ -77,6 +78,7 @@ __all__ = [
     "Result",
     "Round",
     "Stats",
+    "adapters",
     "apqn",
     "codecs",
     "data",

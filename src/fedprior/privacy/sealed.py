@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from fedprior import wire
+from fedprior import tree, wire
 from fedprior.algorithm import Algorithm
 from fedprior.core import Eta, Stats
 from fedprior.layer import Finished, Setting
@@ -167,7 +167,7 @@ class Sealed:
         told = tuple(self._counted(r, len(replies.get(r.index, b"")), len(asked)) for r in records)
         words = total["masked"]["words"].numpy().view(np.uint64).astype(self.layout.fixed.dtype)
         message, weight, within = self.layout.decode(secure.unmask(self.roster, asked, replies, words))
-        device = next(iter(eta[0].values())).device
+        device = next((v.device for v in tree.flatten(eta).values()), torch.device("cpu"))  # none: all is personal
         message = {k: v.to(device) for k, v in message.items()}
         privacy = self.algorithm.privacy
         if privacy is not None:
