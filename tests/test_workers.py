@@ -29,6 +29,7 @@ from fedprior.engines import Auto, Sequential, WorkerError, Workers, auto
 from fedprior.engines.sequential import torch_threads
 from fedprior.objective import Objective
 from fedprior.round import RoundWork, Upload
+from fedprior.store import MemoryStore
 
 pytestmark = [
     pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="processes are looked up in /proc"),
@@ -313,7 +314,7 @@ class Told:
     """A work whose clients take the seconds that it is told; those of no seconds have dropped out."""
 
     seconds: dict[int, float]
-    store: object = field(default_factory=object)
+    store: MemoryStore = field(default_factory=MemoryStore)
 
     def client(self, index: int) -> Upload:
         taken = self.seconds.get(index, 0.0)
@@ -332,7 +333,7 @@ class Told:
 
 def chosen(*rounds: dict[int, float]) -> list[str]:
     """The first word of what Auto has chosen after each round of eight clients."""
-    engine, store, words = Auto(), object(), []
+    engine, store, words = Auto(), MemoryStore(), []
     for seconds in rounds:
         engine.map_sum(Told(seconds, store), range(8))
         words.append(engine.choice.split(",")[0].split(":")[0])

@@ -42,11 +42,11 @@ class Auto:
             self.choice, self._store = worth(work, len(indices)), work.store
         if self.choice.startswith("stacked"):
             return Stacked().windows(work, indices)
+        if self.choice.startswith("workers"):
+            return self._workers.map_sum(work, indices)
         return summed(work, self._uploads(work, indices))
 
     def _uploads(self, work: Work, indices: Sequence[int]) -> Iterator[Any]:
-        if self.choice.startswith("workers"):
-            return self._workers.uploads(work, indices)
         if self.choice:
             return self._watched(work, indices)
         if len(indices) < 2 or cores() < 2 or not Workers.usable(getattr(work, "device", "cpu")):

@@ -2,8 +2,8 @@
 
 The processes are forks of the run when the first round begins: they have the population, the model and the algorithm
 without a copy being sent. What a round changes (its number, the broadcast payload) and clients' personal states go to
-them, and uploads come back, through pipes. A client is done by one worker from end to end, with the generator of its
-own, so that the bits are those of `Sequential(threads=1)`.
+them through pipes, and uploads come back through shared memory. A client is done by one worker from end to end, with
+the generator of its own, so that the bits are those of `Sequential(threads=1)`.
 
 A window of the cohort is handed out longest first, and received in the order of the cohort: what waits to be received
 is at most a window, however large the cohort.
@@ -30,7 +30,8 @@ import torch
 
 from fedprior.core import Params, Stats, Work
 from fedprior.engines.costs import Costs
-from fedprior.engines.sequential import summed
+from fedprior.engines.mailbox import Mailbox
+from fedprior.engines.sequential import summed, torch_threads
 
 WINDOW = 16
 
@@ -76,7 +77,8 @@ class Workers:
 
     def map_sum(self, work: Work, indices: Sequence[int]) -> Stats | None:
         """The sum of the clients' statistics in the order of `indices`."""
-        return summed(work, self.uploads(work, indices))
+        with torch_threads(1):  # threads of the sum would take the cores that the workers have
+            return summed(work, self.uploads(work, indices))
 
     def uploads(self, work: Work, indices: Sequence[int]) -> Iterator[Any]:
         """What the clients send, in the order of `indices`."""
@@ -94,7 +96,7 @@ class Workers:
         if self._pool and self._store is not work.store:
             self.close()
         if self._pool:
-            changes = pickle.dumps(work.changes(), protocol=5)
+            changes = pickle.dumps(("round", work.changes()), protocol=5)
             for worker in self._pool:
                 worker.tell(changes)
             return
@@ -112,13 +114,15 @@ class Workers:
         ]
         todo.reverse()
         arrived: dict[int, Any] = {}
-        idle = list(self._pool)
+        idle, stored = list(self._pool), work.store.holds_any()
         for position, index in enumerate(order):
-            while index not in arrived:
+            while True:
                 ahead = len(order) - len(todo) - position  # clients handed out and not yet received
                 while idle and todo and ahead < 2 * step:
-                    idle.pop().start(todo.pop())
+                    idle.pop().start(todo.pop(), stored)
                     ahead += 1
+                if index in arrived:
+                    break
                 idle += self._collect(work, arrived)
             yield arrived.pop(index)
 
@@ -153,24 +157,25 @@ class _Worker:
 
     process: BaseProcess
     pipe: Connection
+    box: Mailbox
     index: int | None = None
 
     @classmethod
     def fork(cls, work: Work, others: Sequence[Connection]) -> _Worker:
         """A copy of this process that knows `work`; `others` are ends of pipes that are not for it."""
         context = multiprocessing.get_context("fork")
-        here, there = context.Pipe()
-        process = context.Process(target=_serve, args=(work, there, [here, *others], os.getpid()), daemon=True)
+        (here, there), box = context.Pipe(), Mailbox()
+        process = context.Process(target=_serve, args=(work, there, box, [here, *others], os.getpid()), daemon=True)
         with warnings.catch_warnings():  # of a fork beside threads: those of the progress bar hold no lock of ours
             warnings.simplefilter("ignore", DeprecationWarning)
             process.start()
         there.close()
-        return cls(process, here)
+        return cls(process, here, box)
 
-    def start(self, index: int) -> None:
-        """Hand out one client."""
+    def start(self, index: int, stored: bool) -> None:
+        """Hand out one client; `stored`: are there personal states to ask for?"""
         self.index = index
-        self.tell(pickle.dumps(index))
+        self.tell(pickle.dumps(("client", (index, stored))))
 
     def finished(self) -> int:
         """The client that it has worked on."""
@@ -181,14 +186,14 @@ class _Worker:
     def tell(self, message: bytes) -> None:
         """Send; the worker is waiting to read."""
         try:
-            self.pipe.send_bytes(message)
+            self.box.send(self.pipe, message)
         except OSError as error:
             raise self._died() from error
 
     def hear(self) -> tuple[str, Any]:
         """The next message."""
         try:
-            return pickle.loads(self.pipe.recv_bytes())
+            return pickle.loads(self.box.receive(self.pipe))
         except (EOFError, OSError) as error:
             raise self._died() from error
 
@@ -217,30 +222,35 @@ class _Asking:
     """The store as a worker sees it: the states are with the parent."""
 
     pipe: Connection
+    box: Mailbox
+    stored: bool = True
 
     def load(self, index: int) -> Params | None:
+        if not self.stored:
+            return None
         self.pipe.send_bytes(pickle.dumps(("load", index)))
-        kind, value = pickle.loads(self.pipe.recv_bytes())
+        kind, value = pickle.loads(self.box.receive(self.pipe))
         if kind == "error":
             raise _unpickled(value)
         return value
 
 
-def _serve(work: Any, pipe: Connection, not_mine: Sequence[Connection], parent: int) -> None:
+def _serve(work: Any, pipe: Connection, box: Mailbox, not_mine: Sequence[Connection], parent: int) -> None:
     """A worker's life: until the parent closes the pipe, or dies."""
     _die_with(parent)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
     for other in not_mine:
         other.close()
     torch.set_num_threads(1)
-    work.store = _Asking(pipe)
+    work.store = _Asking(pipe, box)
     with suppress(EOFError, BrokenPipeError, ConnectionResetError):
         while True:
-            order = pickle.loads(pipe.recv_bytes())
-            if isinstance(order, int):
-                pipe.send_bytes(_answer("upload", work.client, order))
+            order, what = pickle.loads(box.receive(pipe))
+            if order == "round":
+                work = work.changed(what)
             else:
-                work = work.changed(order)
+                index, work.store.stored = what
+                box.send(pipe, _answer("upload", work.client, index))
 
 
 def _answer(kind: str, function: Callable[[int], Any], index: int) -> bytes:
