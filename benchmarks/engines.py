@@ -71,8 +71,8 @@ ROWS: Mapping[str, Row] = {
     "lenet": Row(fp.models.lenet, lambda: fashion(100, 600), 10, 20, 8),
     "mlp": Row(fp.models.mlp, lambda: fashion(100, 600), 10, 20, 20),
     "softmax": Row(fp.models.softmax, lambda: fashion(3000, 20), 100, 20, 60),
-    "resnet": Row(lambda: fp.models.resnet(8, norm="group", inputs=1), lambda: fashion(100, 100), 10, 20, 6),
-    "gru": Row(lambda: fp.models.char_gru(65), shakespeare, 10, 16, 8),
+    "resnet": Row(lambda: fp.models.resnet(8, norm="group"), lambda: fashion(100, 100), 10, 20, 6),
+    "gru": Row(lambda: fp.models.char_gru(80), shakespeare, 10, 16, 8),
 }
 SIDES = ("loop, 1 thread", "loop, all threads", "sequential", "workers", "stacked", "auto")
 

@@ -151,11 +151,12 @@ def test_the_dense_inverse_catches_the_mistake(mistake: str, monkeypatch: pytest
 
 def test_without_noise_in_the_steps_it_ends_where_fedavg_does() -> None:
     """Full batches to convergence: all samples are the client's optimum, S = 0, and Delta = (w - optimum) / rho_n."""
-    local = {"lr": 0.3, "epochs": 150, "batch_size": None, "weighting": "examples"}
+    local: dict[str, Any] = {"lr": 0.3, "epochs": 150, "batch_size": None, "weighting": "examples"}
     n, shrinkage = 2, 1.0
     step = fp.server.Damped(1 / (1 + (n - 1) * shrinkage))  # rho_n: back to the mean of the optima in one round
     pa = replace(fp.fedpa(**local, burn_in=148, shrinkage=shrinkage), server=step)
-    mean = sum(len(c.train) * optimum(c) for c in CLIENTS) / sum(len(c.train) for c in CLIENTS)
+    sizes = torch.tensor([float(len(c.train)) for c in CLIENTS], dtype=torch.float64)
+    mean = sizes @ torch.stack([optimum(c) for c in CLIENTS]) / sizes.sum()
     for algorithm in (pa, fp.fedavg(**local)):
         assert torch.allclose(phi(quadratics.run(algorithm, CLIENTS, 2)), mean, rtol=0, atol=1e-6)
     assert (mean - best(CLIENTS, "examples")).abs().max() > 0.1

@@ -92,13 +92,13 @@ def test_the_server_matches_the_clients_moments() -> None:
 
 def test_personal_predictions_are_draws_of_the_clients_own_posterior() -> None:
     """Their mean and variance are those of q, within 5 deviations of 4000 draws."""
-    made = fp.pfedbayes(0.1, spread=0.3)
-    made = replace(made, inference=replace(made.inference, draws=4000))
+    e_step = inference.MeanField(0.1, spread=0.3, draws=4000)
+    made = replace(fp.pfedbayes(), inference=e_step)
     result = quadratics.run(made, CLIENTS, 3)
     own = result.personal(CLIENT)
     rng = generator(0, CLIENT.index, "personal")
     state = {k.removeprefix("e_step/"): v for k, v in (result.store.load(CLIENT.index) or {}).items()}
-    q, _ = made.inference.e_step(result.objective, made.prior, result.eta, CLIENT, state, rng)
+    q, _ = e_step.e_step(result.objective, made.prior, result.eta, CLIENT, state, rng)
     models = torch.stack([model["weight"][0] for model in own.models])
     sd = q.precision["weight"][0] ** -0.5
     assert len(models) == 4000 and sum(own.weights) == pytest.approx(1)
@@ -113,7 +113,8 @@ def test_its_state_goes_on() -> None:
     q, state, eta = trained(e_step)
     again, _ = e_step.e_step(objective, PRIOR, eta, CLIENT, state, generator(0, "e_step"))
     assert not close(again.phi, q.phi, 1e-6)
-    for wrong in ({"zeta": 0.0}, {"spread": -1.0}, {"draws": 0}):
+    wrongs: list[dict[str, Any]] = [{"zeta": 0.0}, {"spread": -1.0}, {"draws": 0}]
+    for wrong in wrongs:
         with pytest.raises(ValueError, match="need finite zeta"):
             replace(e_step, **wrong)
 

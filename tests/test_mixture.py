@@ -212,6 +212,8 @@ def test_a_component_that_nobody_has_keeps_its_place() -> None:
 def test_what_does_not_fit_is_refused() -> None:
     with pytest.raises(TypeError, match="Mixture needs a prior with components"):
         quadratics.run(fp.Algorithm(priors.Gaussian(), inference.Mixture(0.1)), CLIENTS, 1)
+    with pytest.raises(TypeError, match=r"needs responsibilities, and Point has none: use inference\.Mixture"):
+        quadratics.run(fp.Algorithm(priors.Mixture(), inference.Point(0.1)), CLIENTS, 1)
     wrongs: list[dict[str, Any]] = [{"components": 0}, {"precision": -1.0}, {"spread": math.inf}]
     for wrong in wrongs:
         with pytest.raises(ValueError, match="need components >= 1"):

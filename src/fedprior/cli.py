@@ -24,6 +24,7 @@ from fedprior import federate, finished, listings
 from fedprior.engines import leads
 from fedprior.records import read, warning
 from fedprior.refusals import interruptible, one_line
+from fedprior.rows import Row, cells
 from fedprior.run import RECORDS
 
 app = typer.Typer(
@@ -203,7 +204,7 @@ def _compare(wanted: list[configs.Config], place: Path, resume: bool, quiet: boo
     typer.echo(written)
 
 
-def _warn(folder: Path, row: comparing.Row) -> None:
+def _warn(folder: Path, row: Row) -> None:
     """A line on stderr if uploads were refused or rounds went by without an update."""
     if text := warning(read(folder / RECORDS)):
         typer.echo(f"fedprior: {row['algorithm']}: {text}", err=True)
@@ -270,10 +271,10 @@ app.command()(one_line(listings.algorithms))
 app.command()(one_line(listings.data))
 
 
-def _print_rows(rows: list[comparing.Row]) -> None:
+def _print_rows(rows: list[Row]) -> None:
     table = Table("algorithm")
     for title in ("accuracy", "nats", "MB up", "MB down", "parameters left", "seconds", "rounds"):
         table.add_column(title, justify="right")
     for row in rows:
-        table.add_row(*comparing.cells(row))
+        table.add_row(*cells(row))
     listings.console().print(table)

@@ -7,12 +7,9 @@ comparison's folder holds one such folder an algorithm and the rows of all.
 
 from __future__ import annotations
 
-import json
-import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors.torch import save
@@ -31,16 +28,14 @@ from fedprior.objective import Objective
 from fedprior.records import read, write_atomically
 from fedprior.result import Result
 from fedprior.rng import generator
+from fedprior.rows import RESULTS, Row, as_row, finite, read_rows, write_json
 from fedprior.run import RECORDS, run
 
-TOML, RESULTS, CLIENTS, MODEL = "run.toml", "results.json", "clients.json", "model.safetensors"
-KEYS = ("algorithm", "accuracy", "nats", "bytes_up", "bytes_down", "parameters", "parameters_left", "seconds", "rounds")
+TOML, CLIENTS, MODEL = "run.toml", "clients.json", "model.safetensors"
 _FREE = {
     "run": {"rounds", "evaluate_every", "checkpoint_every", "engine", "timeout_seconds"},
     "data": {"folder", "path"},
 }
-
-Row = dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -174,7 +169,7 @@ def execute(experiment: Experiment, folder: Path, resume: bool = False, progress
     )
     if not leads():
         return as_row(result.row())
-    _write_json(folder / CLIENTS, [_finite(row) for row in result.per_client(experiment.clients)])
+    write_json(folder / CLIENTS, [finite(row) for row in result.per_client(experiment.clients)])
     return finish(result, folder)
 
 
@@ -190,18 +185,8 @@ def finish(result: Result, folder: Path) -> Row:
     params = {name: value.detach().cpu().contiguous() for name, value in result.params.items()}
     write_atomically(folder / MODEL, save(params))
     row = as_row(result.row())
-    _write_json(folder / RESULTS, [row])
+    write_json(folder / RESULTS, [row])
     return row
-
-
-def as_row(numbers: Mapping[str, Any]) -> Row:
-    """KEYS, all of them; what was not measured is None."""
-    return _finite({key: numbers.get(key) for key in KEYS})
-
-
-def _finite(row: Mapping[str, Any]) -> Row:
-    """JSON has no nan and no inf: they are None."""
-    return {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()}
 
 
 def row_of_records(folder: Path) -> Row:
@@ -265,45 +250,11 @@ def compare(
         finished = bool(done) and (done[0]["rounds"] == rounds or spent)
         rows = _replaced(rows, done[0] if finished else execute(e, place, resume, progress))
         if leads():
-            _write_json(folder / RESULTS, rows)
+            write_json(folder / RESULTS, rows)
     return rows
-
-
-def read_rows(folder: Path) -> list[Row]:
-    """The rows of results.json; none if there is no such file."""
-    path = folder / RESULTS
-    try:
-        rows = json.loads(path.read_text(encoding="utf-8")) if path.exists() else []
-        return [{key: row[key] for key in KEYS} for row in rows]
-    except (json.JSONDecodeError, KeyError, TypeError) as error:
-        raise ValueError(f"{path} is not a list of results: {error!r}") from error
-
-
-def cells(row: Mapping[str, Any]) -> list[str]:
-    """A row of results for people."""
-    left, total = row["parameters_left"], row["parameters"]
-    share = f" ({100 * left / total:.1f} %)" if left is not None and total else ""
-    return [
-        str(row["algorithm"]),
-        _number(row["accuracy"], ".4f"),
-        _number(row["nats"], ".4f"),
-        _number(row["bytes_up"] / 1e6, ",.2f"),
-        _number(row["bytes_down"] / 1e6, ",.2f"),
-        _number(left, ",") + share,
-        _number(row["seconds"], ",.1f"),
-        _number(row["rounds"], ","),
-    ]
-
-
-def _number(value: float | None, form: str) -> str:
-    return "–" if value is None else format(value, form)  # noqa: RUF001
 
 
 def _replaced(rows: Iterable[Row], row: Row) -> list[Row]:
     """The rows with `row` in the place of the one of its algorithm, or at the end."""
     by_name = {r["algorithm"]: r for r in rows} | {row["algorithm"]: row}
     return list(by_name.values())
-
-
-def _write_json(path: Path, value: Any) -> None:
-    write_atomically(path, (json.dumps(value, indent=1, ensure_ascii=False, allow_nan=False) + "\n").encode())

@@ -8,11 +8,12 @@ from pathlib import Path
 from fedprior import checkpoint, tree
 from fedprior import config as configs
 from fedprior.codecs import schema_of
-from fedprior.compare import RESULTS, TOML, build, holds_run, planned
+from fedprior.compare import TOML, build, holds_run, planned
 from fedprior.config import Config
 from fedprior.objective import Objective
 from fedprior.records import read
 from fedprior.result import Result, some_inputs
+from fedprior.rows import RESULTS
 from fedprior.run import RECORDS, STATES
 from fedprior.store import DiskStore
 

@@ -100,9 +100,9 @@ def ditto(
 def pfedbayes(
     lr: float = 0.05,
     zeta: float = 1.0,
-    spread: float = 0.1,
+    spread: float = 0.03,
     floor: float = 1e-2,
-    epochs: int = 1,
+    epochs: int = 4,
     batch_size: int | None = 20,
     weighting: Weighting = "examples",
 ) -> Algorithm:

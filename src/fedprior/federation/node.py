@@ -91,7 +91,7 @@ class Node:
         for place, (index, _) in enumerate(header["clients"]):
             down = parts[place % len(parts)]  # one for all, or one each
             if work is None or down is not work.down:
-                work = self._work(header, clients, partition).changed((header["number"], down, {}))
+                work = self._work(header, clients, partition).changed((header["number"], down, {}, None))
                 work.store, work.population = store, clients
             entry, payload = self._train(work, store, index, partition, partitions)
             entries.append(entry)

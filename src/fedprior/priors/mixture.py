@@ -85,6 +85,10 @@ class Mixture:
 
     def stats(self, q: Any) -> Stats:
         """Each component as often as the client has it."""
+        if not hasattr(q, "pi"):
+            raise TypeError(
+                f"priors.Mixture needs responsibilities, and {type(q).__name__} has none: use inference.Mixture"
+            )
         phi = tree.map(lambda v: _along(q.pi["pi"], v) * v, q.phi)
         return Stats({"phi": phi, "phi_sq": tree.map(torch.mul, phi, q.phi), "pi": q.pi})
 

@@ -8,9 +8,9 @@ from collections.abc import Iterable, Mapping
 from html import escape
 from typing import get_args
 
-from fedprior.compare import cells
 from fedprior.records import Status
 from fedprior.report.tracks import Track, metric_of
+from fedprior.rows import cells
 
 _TITLES = {
     "accuracy": "{metric} against rounds",

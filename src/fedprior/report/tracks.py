@@ -8,9 +8,10 @@ from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
-from fedprior.compare import CLIENTS, TOML, Row, holds_run, read_rows, row_of_records
+from fedprior.compare import CLIENTS, TOML, holds_run, row_of_records
 from fedprior.records import Round
 from fedprior.records import read as read_rounds
+from fedprior.rows import Row, read_rows
 from fedprior.run import RECORDS
 
 
