@@ -191,6 +191,7 @@ PRIORS = [
     Case("sites", priors.Sites(0.5), PLAIN, site, e_step=inference.Sites()),
     Case("mixture-0", priors.Mixture(), PLAIN, mixed, curved=False, e_step=inference.Mixture(0.1)),
     Case("mixture-2", priors.Mixture(precision=2.0), PLAIN, mixed, e_step=inference.Mixture(0.1)),
+    Case("centres", priors.Centres(3, 2.0, ridge=0.5), PLAIN, mixed, e_step=inference.Centres(0.1)),
     Case("feddyn-2", priors.FedDyn(2.0), PLAIN, tilted, e_step=inference.Tilted(0.1)),
 ]
 

@@ -20,7 +20,7 @@ from fedprior.algorithms.bayesian import (
     scaffold,
 )
 from fedprior.algorithms.distilled import apqn, decoupled, fedppd, kure, mqat, pfedbred
-from fedprior.algorithms.mixtures import fedem, ifca
+from fedprior.algorithms.mixtures import fedem, fedhbmixture, ifca
 from fedprior.algorithms.personal import ditto, fedbn, fedper, fedrep, local, pfedbayes, pfedme
 from fedprior.algorithms.smaller import feddropout, fedsparse, grouplasso, topk
 
@@ -29,7 +29,7 @@ _SMALLER = (fedsparse, feddropout, grouplasso, topk)
 _BAYESIAN = (scaffold, feddyn, fola, fedhb, learnedscale, laplace, horseshoe, fedpa, pvi, fedep, fedsep)
 _PERSONAL = (local, fedper, fedrep, fedbn, pfedme, ditto, pfedbayes)
 _DISTILLED = (pfedbred, fedppd, kure, apqn, mqat, decoupled)
-_MIXTURES = (fedem, ifca)
+_MIXTURES = (fedem, ifca, fedhbmixture)
 ALGORITHMS: Mapping[str, Callable[..., Algorithm]] = {
     f.__name__: f for f in _AVERAGING + _SMALLER + _PERSONAL + _BAYESIAN + _DISTILLED + _MIXTURES
 }
@@ -49,6 +49,7 @@ __all__ = [
     "fedem",
     "fedep",
     "fedhb",
+    "fedhbmixture",
     "fedpa",
     "fedper",
     "fedppd",

@@ -41,3 +41,24 @@ def ifca(
     """
     e_step = inference.Mixture(lr, epochs, batch_size, hard=True)
     return Algorithm(priors.Mixture(clusters, spread=spread, seed=start), e_step, weighting=weighting, name="ifca")
+
+
+def fedhbmixture(
+    lr: float = 0.05,
+    components: int = 2,
+    precision: float = 10.0,
+    clients: float | None = None,
+    spread: float = 0.5,
+    start: int = 0,
+    epochs: int = 1,
+    batch_size: int | None = 20,
+    weighting: Weighting = "uniform",
+) -> Algorithm:
+    """Kim & Hospedales 2023, arXiv:2305.04979: clients' models lie around a few centres, which a prior shrinks.
+
+    The paper's sigma^2 is 1 / `precision`; `clients` is how many there are in all (priors.Centres). The centres start
+    around your model, at a distance of `spread` times its weights; `start` is the seed. All of them travel.
+    """
+    prior = priors.Centres(components, precision, spread=spread, seed=start, clients=clients)
+    e_step = inference.Centres(lr, epochs, batch_size)
+    return Algorithm(prior, e_step, weighting=weighting, name="fedhbmixture")

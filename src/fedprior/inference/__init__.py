@@ -3,6 +3,7 @@
 from fedprior.inference.alternating import Alternating
 from fedprior.inference.averaged import Averaged
 from fedprior.inference.bregman import Bregman
+from fedprior.inference.centres import Centres
 from fedprior.inference.ditto import Ditto
 from fedprior.inference.gains import Gains
 from fedprior.inference.gated import Gated
@@ -21,6 +22,7 @@ __all__ = [
     "Alternating",
     "Averaged",
     "Bregman",
+    "Centres",
     "Ditto",
     "Gains",
     "Gated",

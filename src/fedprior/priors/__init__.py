@@ -1,5 +1,6 @@
 """Priors p(phi_s | eta), one file each."""
 
+from fedprior.priors.centres import Centres
 from fedprior.priors.custom import Custom
 from fedprior.priors.distilled import Distilled
 from fedprior.priors.dropout import Dropout
@@ -20,6 +21,7 @@ from fedprior.priors.split import Split
 
 __all__ = [
     "NIW",
+    "Centres",
     "Custom",
     "Distilled",
     "Dropout",

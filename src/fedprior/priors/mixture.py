@@ -89,20 +89,25 @@ class Mixture:
             raise TypeError(
                 f"priors.Mixture needs responsibilities, and {type(q).__name__} has none: use inference.Mixture"
             )
-        phi = tree.map(lambda v: _along(q.pi["pi"], v) * v, q.phi)
+        phi = tree.map(lambda v: along(q.pi["pi"], v) * v, q.phi)
         return Stats({"phi": phi, "phi_sq": tree.map(torch.mul, phi, q.phi), "pi": q.pi})
 
     def log_prob(self, eta: Eta, t: Stats) -> Tensor:
         """Of shares and components."""
-        pi, share = t["pi"]["pi"], eta.share["pi"]
-        shares = torch.xlogy(pi, share).sum() - t.clients * (share.sum() - 1)
+        share = eta.share["pi"]
+        shares = torch.xlogy(t["pi"]["pi"], share).sum() - t.clients * (share.sum() - 1)
+        return shares + self.scatter(eta, t)
+
+    def scatter(self, eta: Eta, t: Stats) -> Tensor | float:
+        """-(precision/2) sum_k pi_k |phi_k - w_k|^2."""
         if self.precision == 0:
-            return shares
+            return 0.0
+        pi = t["pi"]["pi"]
 
         def square(w: Tensor, phi: Tensor, phi_sq: Tensor) -> Tensor:
-            return phi_sq - 2 * w * phi + _along(pi, w) * w**2
+            return phi_sq - 2 * w * phi + along(pi, w) * w**2
 
-        return shares - 0.5 * self.precision * tree.total(tree.map(square, eta.mean, t["phi"], t["phi_sq"]))
+        return -0.5 * self.precision * tree.total(tree.map(square, eta.mean, t["phi"], t["phi_sq"]))
 
     def log_hyper(self, eta: Eta, before: Eta) -> Tensor:
         """Dirichlet, worth one client: no share becomes 0."""
@@ -112,14 +117,18 @@ class Mixture:
     def m_step(self, eta: Eta, t: Stats) -> Eta:
         """Means by responsibility, and shares."""
         pi = t["pi"]["pi"]
-        seen = pi > 1e-6 * t.clients
+        seen = self.seen(t)
         counts = torch.where(seen, pi, torch.ones_like(pi))
 
         def mean(w: Tensor, phi: Tensor) -> Tensor:
-            return torch.where(_along(seen, w), phi / _along(counts, w), w)
+            return torch.where(along(seen, w), phi / along(counts, w), w)
 
         share = (pi + 1 / self.components) / (t.clients + 1)
         return self.Eta(tree.map(mean, eta.mean, t["phi"]), {"pi": share})
+
+    def seen(self, t: Stats) -> Tensor:
+        """Which components have clients, (K,)."""
+        return t["pi"]["pi"] > 1e-6 * t.clients
 
     def point(self, eta: Eta) -> Params:
         """The component with most clients."""
@@ -136,6 +145,6 @@ def component(stacked: Params, k: int) -> Params:
     return {name: value[k] for name, value in stacked.items()}
 
 
-def _along(pi: Tensor, like: Tensor) -> Tensor:
+def along(pi: Tensor, like: Tensor) -> Tensor:
     """(K,) for the first dimension of `like`."""
     return pi.view(-1, *[1] * (like.ndim - 1))
