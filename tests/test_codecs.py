@@ -144,6 +144,13 @@ def test_a_value_too_large_for_the_receivers_type_is_refused(codec) -> None:
 
 
 @pytest.mark.parametrize("codec", [Dense(), Sparse()], ids=repr)
+def test_finite_values_whose_sum_overflows_are_taken(codec) -> None:
+    message = {"x": torch.full((2, 3), 3e38)}
+    assert message["x"].sum().isinf()
+    assert torch.equal(codec.decode(codec.encode(message, 1), schema_of(message))[0]["x"], message["x"])
+
+
+@pytest.mark.parametrize("codec", [Dense(), Sparse()], ids=repr)
 def test_an_overflow_of_the_wire_type_is_refused(codec) -> None:
     message = {"x": torch.full((2,), 1e300, dtype=torch.float64)}
     with pytest.raises(PayloadError, match="2 of 2 values of x are not finite"):

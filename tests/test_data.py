@@ -235,3 +235,16 @@ def test_an_impossible_request_says_so(request_, message):
 def test_make_must_return_a_client():
     with pytest.raises(TypeError, match=r"make\(1\) must return a fedprior Client, got NoneType"):
         data.LazyPopulation(2, lambda i: None)[1]  # pyright: ignore[reportArgumentType]
+
+
+@every_scheme
+@pytest.mark.parametrize("holdout", [0.0, 0.3])
+def test_gathered_clients_are_those_of_the_index(scheme, holdout):
+    """Training examples alone, in the order asked for; a negative index is the client's own."""
+    population = scheme.split(numbered(103), 7, seed=3, holdout=holdout)
+    asked = [4, -1, 0]
+    got, want = population.gather(asked), [population[i] for i in asked]
+    assert (got.indices, got.names) == ([c.index for c in want], [c.name for c in want])
+    assert got.sizes == [len(c.train) for c in want]
+    for where, client in zip(got.where, want, strict=True):
+        assert positions(got.examples.take(where)) == positions(client.train)

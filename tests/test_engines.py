@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import cache
@@ -36,6 +37,12 @@ def dropping() -> nn.Module:
     return redraw(nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Dropout(0.3), nn.Linear(8, 3)))
 
 
+def frozen() -> nn.Module:
+    model = fp.models.mlp(4, (6,), 3)
+    next(model.parameters()).requires_grad_(False)
+    return model
+
+
 def conv() -> nn.Module:
     layers = [nn.Conv2d(1, 6, 5), nn.BatchNorm2d(6), nn.ReLU(), nn.MaxPool2d(4), nn.Flatten()]
     return redraw(nn.Sequential(*layers, nn.Linear(54, 8), nn.ReLU(), nn.Linear(8, 4)))
@@ -66,6 +73,7 @@ NEEDS = {"fedbn": {"model": normed}}  # what an algorithm asks of its model
 CASES = [Case(name, make(lr=0.1), **NEEDS.get(name, {})) for name, make in fp.algorithms.ALGORITHMS.items()] + [
     Case("batch-norm", FEDAVG, normed),
     Case("dropout-layers", FEDAVG, dropping),
+    Case("frozen", FEDAVG, frozen),
     Case("float64", replace(FEDAVG, codec=Dense("float64")), lambda: fp.models.mlp(4, (6,), 3).double(), DOUBLES),
     Case("int8-zlib", fp.fedavg(0.1, value_type="int8", entropy="zlib")),
     Case("momentum-uniform", replace(FEDAVG, inference=inference.Point(0.1, 2, 4, momentum=0.9), weighting="uniform")),
@@ -125,7 +133,7 @@ def test_engines_agree(position: int, engine: Row, monkeypatch: pytest.MonkeyPat
 
 
 STACKED = {"fedavg", "fedprox", "fedavgm", "fedadagrad", "fedadam", "fedyogi", "fedhb", "learnedscale"}
-STACKED |= {"float64", "momentum-uniform"}
+STACKED |= {"float64", "frozen", "momentum-uniform"}
 
 
 @pytest.mark.parametrize("position", range(len(CASES)), ids=[c.name for c in CASES])
@@ -156,6 +164,7 @@ class Choosing(engines.Auto):
         (replace(FEDAVG, delta=True), lambda: fp.models.mlp(4, (6,), 3), 8, True),
         (FEDAVG, lambda: fp.models.mlp(4, (6,), 3), 7, False),
         (FEDAVG, lambda: fp.models.mlp(4, (600, 600), 3), 8, False),
+        (fp.fedavg(0.1, batch_size=None), lambda: fp.models.mlp(4, (420, 420), 3), 8, False),
         (FEDAVG, normed, 8, False),
         (FEDAVG, dropping, 8, False),
         (fp.ditto(0.1), lambda: fp.models.mlp(4, (6,), 3), 8, False),
@@ -181,6 +190,34 @@ def test_a_stack_with_a_value_that_is_not_finite_refuses_that_client_alone() -> 
     ]
     check(results[0], results[1], 2e-5)
     assert [c.status for c in results[0].history[0].clients] == ["ok", "ok", "rejected", *["ok"] * 5]
+
+
+def test_a_stacked_engine_looks_at_each_run_anew_and_tells_where_it_failed() -> None:
+    """An engine that nobody has closed; a client without examples, which the error names with its round."""
+    engine = engines.Stacked(2)
+    fields = {"rounds": 1, "engine": engine}
+
+    def go(algorithm: fp.Algorithm, clients: Any = CLIENTS) -> fp.Result:
+        return fp.run(algorithm, fp.models.mlp(4, (6,), 3), clients, **fields)
+
+    def other(record: fp.Round) -> None:
+        with pytest.raises(ValueError, match="cannot run"):
+            go(fp.ditto(0.1))
+
+    fp.run(FEDAVG, fp.models.mlp(4, (6,), 3), CLIENTS, on_round=other, **fields)
+    empty = replace(CLIENTS[3], train=CLIENTS[3].train.take(torch.tensor([], dtype=torch.int64)))
+    with pytest.raises(ValueError, match="'client-3' has no training examples") as caught:
+        go(FEDAVG, [*CLIENTS[:3], empty, *CLIENTS[4:]])
+    assert any(note.startswith("in round 1, clients ") for note in caught.value.__notes__)
+
+
+def test_clients_of_a_stack_share_its_seconds() -> None:
+    clients = classification_clients((5,) * 100)
+    began = time.perf_counter()
+    result = fp.run(FEDAVG, fp.models.mlp(4, (6,), 3), clients, rounds=1, engine=engines.Stacked())
+    rows = result.history[0].clients
+    assert 0 < sum(c.seconds + c.seconds_wire for c in rows) < time.perf_counter() - began
+    assert all(c.seconds > 0 and c.seconds_wire > 0 for c in rows)
 
 
 def test_equal_stacked_runs_have_equal_bits_also_resumed(tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ python test_workers.py HOW    a run in a process of its own, for the tests of ho
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import pickle
 import signal
@@ -25,7 +26,7 @@ from cases import classification_clients, equal, without_seconds
 from fedprior import inference, posteriors, priors, tree
 from fedprior.core import Client, Eta, Prior
 from fedprior.data.population import LazyPopulation
-from fedprior.engines import Auto, Sequential, WorkerError, Workers, auto
+from fedprior.engines import Auto, Sequential, WorkerError, Workers, auto, costs, mailbox, workers
 from fedprior.engines.sequential import torch_threads
 from fedprior.objective import Objective
 from fedprior.round import RoundWork, Upload
@@ -359,6 +360,46 @@ def test_what_auto_chooses(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(auto, "WORTH", 0.02)  # seconds of a round
     rounds, words = CHOICES[name]
     assert chosen(*rounds) == words
+
+
+def test_windows_lose_nobody_and_bound_what_waits(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Windows of 2: however slow the first client, no more than two windows wait to be received behind it."""
+    monkeypatch.setattr(workers, "WINDOW", 1)
+    engine, started, order = Workers(2), list[int](), [5, 3, *range(10, 25)]
+    start = workers._Worker.start
+
+    def counted(self: Any, index: int, stored: bool) -> None:
+        started.append(index)
+        start(self, index, stored)
+
+    monkeypatch.setattr(workers._Worker, "start", counted)
+    with nobody_left():
+        received = 0
+        for received, upload in enumerate(engine.uploads(Told({5: 0.2}), order), start=1):
+            assert upload.index == order[received - 1]
+            assert len(started) - (received - 1) <= 2 * 2
+        engine.close()
+    assert received == len(order) and sorted(started) == sorted(order)
+    assert len(engine.costs.seconds) == len(order)
+
+
+@pytest.mark.parametrize("size", [10, 11, 99, 100, 101, 300])
+def test_a_message_arrives_whole_by_the_box_or_the_pipe(size: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(mailbox, "LONG", 10)
+    monkeypatch.setattr(mailbox, "SIZE", 100)
+    here, there = multiprocessing.Pipe()
+    box, message = mailbox.Mailbox(), bytes(range(1, 251)) * 2
+    box.send(here, message[:size])
+    assert box.receive(there) == message[:size]
+
+
+def test_costs_put_the_dearest_first_and_forget_the_oldest(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(costs, "MOST", 3)
+    seen = costs.Costs()
+    for index, seconds in [(7, 1.0), (4, 3.0), (9, 2.0), (7, 5.0), (2, 4.0)]:  # 7 is seen again, so 4 is the oldest
+        seen.saw(index, seconds)
+    assert seen.seconds == {9: 2.0, 7: 5.0, 2: 4.0}
+    assert seen.longest_first([9, 4, 2, 7, 8]) == [4, 8, 7, 2, 9]
 
 
 def endless(how: str) -> None:
