@@ -271,3 +271,10 @@ def test_a_resumed_run_has_the_bits_of_the_loop(
     got = case.run(engine.make(), out=tmp_path, checkpoint_every=2, resume=True, on_round=again.append)
     assert [r.number for r in again] == [3, 4]
     check(got, wanted(position), engine.tolerance)
+
+
+def test_an_engine_by_its_name() -> None:
+    named = CASES[0].run("sequential")  # type: ignore[arg-type]
+    check(named, CASES[0].run(engines.Sequential()), 0.0)
+    with pytest.raises(ValueError, match="engine must be one of auto, sequential, .*got 'nonsense'"):
+        CASES[0].run("nonsense")  # type: ignore[arg-type]

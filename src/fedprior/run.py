@@ -16,7 +16,7 @@ from fedprior.algorithm import Algorithm
 from fedprior.codecs import schema_of
 from fedprior.cohort import Availability, sample
 from fedprior.core import Client, Engine, Eta, Examples, Params, Population, Schema
-from fedprior.engines import TorchRun, usual
+from fedprior.engines import TorchRun, named, usual
 from fedprior.layer import Finished, Setting
 from fedprior.metrics import evaluate
 from fedprior.objective import Loss, Objective, PerExample
@@ -38,7 +38,7 @@ def run(
     test: Examples | None = None,
     seed: int = 0,
     loss: str | Loss | PerExample = "classification",
-    engine: Engine | None = None,
+    engine: Engine | str | None = None,
     availability: Availability | None = None,
     device: str = "cpu",
     out: str | Path | None = None,
@@ -59,7 +59,7 @@ def run(
         test: examples for the central evaluation.
         seed: all randomness of the run derives from it.
         loss: "classification", "regression", a Loss, or (outputs, targets) -> log-likelihood of each example.
-        engine: how clients are run; if None, Auto() chooses between the loop and worker processes, and below torchrun
+        engine: how clients are run, or its name in engines.ENGINES; if None, Auto() chooses, and below torchrun
             TorchRun() does this process's share: every rank returns the result, and rank 0 writes, shows the progress
             and calls on_round.
         availability: simulated drop-outs and deadline; everybody answers if None.
@@ -82,7 +82,7 @@ def run(
     counts = {"rounds": rounds, "checkpoint_every": checkpoint_every, "evaluate_every": evaluate_every}
     checks.check_sizes(clients, seed, cohort, counts)
     checks.check_clients(clients)
-    engine = engine or usual()
+    engine = named(engine) if isinstance(engine, str) else engine or usual()
     device = engine.place(device) if isinstance(engine, TorchRun) else device
     checks.check_device(device)
     objective = Objective(model, loss, device)

@@ -39,7 +39,7 @@ def usual() -> Engine:
     return TorchRun() if launched() else Auto()
 
 
-def named(name: str, threads: int | None, timeout_seconds: float) -> Engine:
+def named(name: str, threads: int | None = None, timeout_seconds: float = 1800.0) -> Engine:
     """An engine of ENGINES.
 
     Args:
@@ -49,6 +49,8 @@ def named(name: str, threads: int | None, timeout_seconds: float) -> Engine:
     """
     if launched() and name not in ("auto", "torchrun"):
         raise ValueError(f'torchrun has started {name!r} more than once: take the engine "auto", or leave out torchrun')
+    if name not in ENGINES:
+        raise ValueError(f"engine must be one of {', '.join(ENGINES)}, got {name!r}")
     engine = ENGINES[name]()
     if isinstance(engine, Sequential):
         return Sequential(threads)
