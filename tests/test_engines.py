@@ -276,5 +276,5 @@ def test_a_resumed_run_has_the_bits_of_the_loop(
 def test_an_engine_by_its_name() -> None:
     named = CASES[0].run("sequential")  # type: ignore[arg-type]
     check(named, CASES[0].run(engines.Sequential()), 0.0)
-    with pytest.raises(ValueError, match="engine must be one of auto, sequential, .*got 'nonsense'"):
+    with pytest.raises(ValueError, match=r"engine must be one of auto, sequential, .*got 'nonsense'"):
         CASES[0].run("nonsense")  # type: ignore[arg-type]
