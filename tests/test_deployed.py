@@ -60,7 +60,9 @@ def test_three_supernodes_give_the_bits_and_the_bytes_of_the_simulation(tmp_path
         traffic = d.call("traffic", str(tmp_path / "out"), d.address)
         states = list((tmp_path / "job").glob("*/client-*"))
     test = task.held_out()
-    want = fp.run(task.ALGORITHM, task.MODEL, task.clients(0, 1), rounds=ROUNDS, cohort=COHORT, test=test)
+    want = fp.run(
+        task.ALGORITHM, task.MODEL, task.clients(0, 1), rounds=ROUNDS, cohort=COHORT, test=test, engine="sequential"
+    )
     saved, history = checkpoint.read(tmp_path / "out"), records.read(tmp_path / "out" / "records.jsonl")
     assert saved is not None, printed
     assert equal(saved.eta, tree.flatten(want.eta))
@@ -156,7 +158,15 @@ def test_nobody_joins_without_a_key(tmp_path: Path) -> None:
             d.node(partition, 2)
         start_run(d, tmp_path, rounds=1, nodes=2)
     history = records.read(tmp_path / "out" / "records.jsonl")
-    want = fp.run(task.ALGORITHM, task.MODEL, task.clients(0, 1), rounds=1, cohort=COHORT, test=task.held_out())
+    want = fp.run(
+        task.ALGORITHM,
+        task.MODEL,
+        task.clients(0, 1),
+        rounds=1,
+        cohort=COHORT,
+        test=task.held_out(),
+        engine="sequential",
+    )
     assert without_seconds(history) == without_seconds(want.history)
     assert "insecure" in logs["no-tls"] and "anybody can" in logs["no-tls"]
     assert "certificate" in logs["other-ca"].lower()
