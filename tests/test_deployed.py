@@ -74,7 +74,9 @@ def test_three_supernodes_give_the_bits_and_the_bytes_of_the_simulation(tmp_path
 def check_traffic(text: str, want: fp.Result) -> None:
     """Flower's total holds every upload, and the broadcast once a node, with a bounded surplus a message."""
     lines = [
-        [int(n.replace(",", "")) for n in line.split(": ")[1].split(" ")[::3][:2]] for line in text.splitlines()[-2:]
+        [int(n.replace(",", "")) for n in line.split(": ")[1].split(" ")[::3][:2]]
+        for line in text.splitlines()
+        if " up" in line and " down" in line
     ]
     (up, down), (flower_up, flower_down) = lines
     assert (up, down) == (want.bytes_up, want.bytes_down)
