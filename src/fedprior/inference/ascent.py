@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Collection, Iterator, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -117,6 +117,24 @@ class Descent:
         for value in self._trained:
             if value.grad is not None:
                 value.add_(value.grad, alpha=-self._lr)
+
+
+@dataclass(frozen=True)
+class Epochs:
+    """What E-steps of a few epochs over mini-batches have in common.
+
+    Attributes:
+        lr: learning rate, for a loss in nats per example.
+        epochs: passes over the client's examples.
+        batch_size: examples a step; None for all of them.
+    """
+
+    lr: float
+    epochs: int = 1
+    batch_size: int | None = 20
+
+    def __post_init__(self) -> None:
+        check_steps(self.lr, self.epochs, self.batch_size)
 
 
 def check_steps(lr: float, epochs: int, batch_size: int | None) -> None:

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from fedprior import posteriors
 from fedprior.core import Client, Eta, Params
-from fedprior.inference.ascent import check_steps
+from fedprior.inference.ascent import Epochs
 from fedprior.inference.mixture import log_likelihoods
 from fedprior.inference.point import Point
 from fedprior.objective import Objective
@@ -29,21 +29,8 @@ from fedprior.priors.mixture import component
 
 
 @dataclass(frozen=True)
-class Centres:
-    """SGD from the centre that fits best, with a pull to all.
-
-    Attributes:
-        lr: learning rate, for a loss in nats per example.
-        epochs: passes over the client's examples.
-        batch_size: examples a step; None for all of them.
-    """
-
-    lr: float
-    epochs: int = 1
-    batch_size: int | None = 20
-
-    def __post_init__(self) -> None:
-        check_steps(self.lr, self.epochs, self.batch_size)
+class Centres(Epochs):
+    """SGD from the centre that fits best, with a pull to all."""
 
     def start(self, prior: Any, eta: Eta) -> posteriors.Mixed:
         """The server's centres and shares."""

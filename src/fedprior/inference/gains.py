@@ -26,27 +26,14 @@ from torch import Tensor
 
 from fedprior import posteriors, structure, tree
 from fedprior.core import Client, Eta, Params
-from fedprior.inference.ascent import Descent, ascend, check_steps, detached, leaves, what_is_left
+from fedprior.inference.ascent import Descent, Epochs, ascend, detached, leaves, what_is_left
 from fedprior.objective import Objective
 from fedprior.structure import Group
 
 
 @dataclass(frozen=True)
-class Gains:
-    """SGD on what is left of the model.
-
-    Attributes:
-        lr: learning rate, for a loss in nats per example.
-        epochs: passes over the client's examples.
-        batch_size: examples a step; None for all of them.
-    """
-
-    lr: float
-    epochs: int = 1
-    batch_size: int | None = 20
-
-    def __post_init__(self) -> None:
-        check_steps(self.lr, self.epochs, self.batch_size)
+class Gains(Epochs):
+    """SGD on what is left of the model."""
 
     def start(self, prior: Any, eta: Eta) -> posteriors.Gains:
         """The prior's weights; nothing is known of the units."""

@@ -27,30 +27,25 @@ from torch import Tensor
 from fedprior import posteriors, structure, tree
 from fedprior.core import Client, Eta, Params
 from fedprior.gates import BOUND, hard_concrete, keep_probability, log_alpha_for, uniform
-from fedprior.inference.ascent import ascend, check_steps, detached, leaves, what_is_left
+from fedprior.inference.ascent import Epochs, ascend, detached, leaves, what_is_left
 from fedprior.objective import Objective
 
 
 @dataclass(frozen=True)
-class Gated:
+class Gated(Epochs):
     """SGD on the weights, Adam on the gates.
 
     Attributes:
-        lr: learning rate of the weights, for a loss in nats per example.
-        epochs: passes over the client's examples.
-        batch_size: examples a step; None for all of them.
+        lr: of the weights.
         gate_lr: Adam's learning rate for log_alpha.
         draw: send one draw of the gates (sparse, unbiased) rather than their probabilities (dense).
     """
 
-    lr: float
-    epochs: int = 1
-    batch_size: int | None = 20
     gate_lr: float = 0.05
     draw: bool = True
 
     def __post_init__(self) -> None:
-        check_steps(self.lr, self.epochs, self.batch_size)
+        super().__post_init__()
         if not 0 < self.gate_lr < math.inf:
             raise ValueError(f"need gate_lr > 0, got {self.gate_lr}")
 

@@ -25,26 +25,17 @@ from torch import Tensor
 
 from fedprior import posteriors, tree
 from fedprior.core import Client, Eta, Params
-from fedprior.inference.ascent import Descent, ascend, check_steps, detached, leaves
+from fedprior.inference.ascent import Descent, Epochs, ascend, detached, leaves
 from fedprior.objective import Objective
 
 
 @dataclass(frozen=True)
-class Laplace:
+class Laplace(Epochs):
     """SGD that squares its gradients.
 
     Attributes:
-        lr: learning rate, for a loss in nats per example.
-        epochs: passes over the client's examples; each adds to the precision.
-        batch_size: examples a step; None for all of them.
+        epochs: each adds to the precision.
     """
-
-    lr: float
-    epochs: int = 1
-    batch_size: int | None = 20
-
-    def __post_init__(self) -> None:
-        check_steps(self.lr, self.epochs, self.batch_size)
 
     def start(self, prior: Any, eta: Eta) -> posteriors.Gaussian:
         """The prior's point and precision."""

@@ -25,32 +25,27 @@ from torch import Tensor
 
 from fedprior import posteriors, tree
 from fedprior.core import Client, Eta, Params
-from fedprior.inference.ascent import Descent, ascend, check_steps, detached, leaves
+from fedprior.inference.ascent import Descent, Epochs, ascend, detached, leaves
 from fedprior.objective import Objective
 
 
 @dataclass(frozen=True)
-class MeanField:
+class MeanField(Epochs):
     """SGD on reparameterised draws, for a prior whose statistics are moments.
 
     Attributes:
-        lr: learning rate of m and log s, for a loss in nats per example.
-        epochs: passes over the client's examples.
-        batch_size: examples a step; None for all of them.
+        lr: of m and log s.
         zeta: weight of the divergence from the prior; > 0.
         spread: s of a client never seen, in parameter units; > 0.
         draws: how many models a personal prediction mixes.
     """
 
-    lr: float
-    epochs: int = 1
-    batch_size: int | None = 20
     zeta: float = 1.0
     spread: float = 0.1
     draws: int = 10
 
     def __post_init__(self) -> None:
-        check_steps(self.lr, self.epochs, self.batch_size)
+        super().__post_init__()
         if not (0 < self.zeta < math.inf and 0 < self.spread < math.inf and self.draws >= 1):
             raise ValueError(f"need finite zeta, spread > 0 and draws >= 1, got {self}")
 

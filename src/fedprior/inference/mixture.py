@@ -27,7 +27,7 @@ from torch import Tensor
 
 from fedprior import posteriors
 from fedprior.core import Client, Eta, Examples, Params
-from fedprior.inference.ascent import check_steps
+from fedprior.inference.ascent import Epochs
 from fedprior.inference.point import Point
 from fedprior.objective import Loss, Objective
 from fedprior.priors.gaussian import Gaussian
@@ -38,23 +38,15 @@ _CHUNK = 1000
 
 
 @dataclass(frozen=True)
-class Mixture:
+class Mixture(Epochs):
     """Responsibilities at the server's components, then SGD on each that has any.
 
     Attributes:
-        lr: learning rate, for a loss in nats per example.
-        epochs: passes over the client's examples, for each component.
-        batch_size: examples a step; None for all of them.
+        epochs: for each component.
         hard: a client has one component, not a share in each.
     """
 
-    lr: float
-    epochs: int = 1
-    batch_size: int | None = 20
     hard: bool = False
-
-    def __post_init__(self) -> None:
-        check_steps(self.lr, self.epochs, self.batch_size)
 
     def start(self, prior: Any, eta: Eta) -> posteriors.Mixed:
         """The server's components and shares."""

@@ -20,33 +20,24 @@ from torch import Tensor
 from fedprior import posteriors
 from fedprior.core import Client, Eta, Gathered, Params, Prior
 from fedprior.inference import stacked
-from fedprior.inference.ascent import Descent, ascend, check_steps, detached, leaves, what_is_left
+from fedprior.inference.ascent import Descent, Epochs, ascend, detached, leaves, what_is_left
 from fedprior.objective import Objective
 
 
 @dataclass(frozen=True)
-class Point:
+class Point(Epochs):
     """SGD, or any PyTorch optimiser.
 
     Attributes:
-        lr: learning rate, for a loss in nats per example.
-        epochs: passes over the client's examples.
-        batch_size: examples a step; None for all of them.
         momentum: of SGD.
         optimizer: tensors -> torch.optim.Optimizer, instead of SGD(lr, momentum).
         penalty: (objective, phi) -> scalar, in nats per client's data set; what it adds to the loss of an example is
             divided by the client's number of examples, as the prior's term is.
     """
 
-    lr: float
-    epochs: int = 1
-    batch_size: int | None = 20
     momentum: float = 0.0
     optimizer: Callable[[list[Tensor]], torch.optim.Optimizer] | None = None
     penalty: Callable[[Objective, Params], Tensor] | None = None
-
-    def __post_init__(self) -> None:
-        check_steps(self.lr, self.epochs, self.batch_size)
 
     def start(self, prior: Prior, eta: Eta) -> posteriors.Point:
         """The prior's point."""

@@ -15,28 +15,15 @@ import torch
 
 from fedprior import posteriors
 from fedprior.core import Client, Eta, Params
-from fedprior.inference.ascent import check_steps
+from fedprior.inference.ascent import Epochs
 from fedprior.inference.point import Point
 from fedprior.inference.viewed import Viewed
 from fedprior.objective import Objective
 
 
 @dataclass(frozen=True)
-class Reweighted:
-    """SGD, reweighted.
-
-    Attributes:
-        lr: learning rate, for a loss in nats per example.
-        epochs: passes over the client's examples.
-        batch_size: examples a step; None for all of them.
-    """
-
-    lr: float
-    epochs: int = 1
-    batch_size: int | None = 20
-
-    def __post_init__(self) -> None:
-        check_steps(self.lr, self.epochs, self.batch_size)
+class Reweighted(Epochs):
+    """SGD, reweighted."""
 
     def start(self, prior: Any, eta: Eta) -> posteriors.Scaled:
         """The prior's point."""

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from fedprior import posteriors
 from fedprior.core import Client, Eta, Params, Prior
-from fedprior.inference.ascent import Descent, ascend, check_steps, detached, leaves
+from fedprior.inference.ascent import Descent, Epochs, ascend, detached, leaves
 from fedprior.objective import Objective
 from fedprior.penalties import matrices
 from fedprior.rounding import rounded, step_of
@@ -29,25 +29,19 @@ Kind = Literal["noise", "rounding"]
 
 
 @dataclass(frozen=True)
-class Rough:
+class Rough(Epochs):
     """SGD at rough weights.
 
     Attributes:
-        lr: learning rate, for a loss in nats per example.
-        epochs: passes over the client's examples.
-        batch_size: examples a step; None for all of them.
         kind: "noise" (APQN) or "rounding" (MQAT).
         bits: the numbers of bits to draw from.
     """
 
-    lr: float
-    epochs: int = 1
-    batch_size: int | None = 20
     kind: Kind = "noise"
     bits: tuple[int, ...] = (4,)
 
     def __post_init__(self) -> None:
-        check_steps(self.lr, self.epochs, self.batch_size)
+        super().__post_init__()
         if self.kind not in get_args(Kind) or not self.bits or not all(1 <= b <= 16 for b in self.bits):
             raise ValueError(f"Rough needs kind 'noise' or 'rounding', and bits of 1 to 16, got {self}")
 
