@@ -164,9 +164,9 @@ class Algorithm:
         bind = getattr(self.prior, "bind", None)
         return replace(self, prior=bind(model, x)) if bind else self
 
-    def weight(self, client: Client) -> float:
-        """How often a client counts."""
-        return float(len(client.train)) if self.weighting == "examples" else 1.0
+    def weight(self, examples: int) -> float:
+        """How often a client with so many training examples counts."""
+        return float(examples) if self.weighting == "examples" else 1.0
 
     @property
     def samples(self) -> bool:

@@ -55,6 +55,12 @@ class Upload:
         )
 
 
+def check_examples(client: str, examples: int) -> None:
+    """A ValueError for a client that has nothing to train on."""
+    if examples == 0:
+        raise ValueError(f"client {client!r} has no training examples: leave it out of the population")
+
+
 @dataclass
 class RoundWork:
     """Round `number`, from the encoded eta to the sum's terms.
@@ -150,8 +156,7 @@ class RoundWork:
 
     def _train(self, client: Client, down: bytes) -> Upload:
         """Decode eta, the E-step, encode the statistics."""
-        if len(client.train) == 0:
-            raise ValueError(f"client {client.name!r} has no training examples: leave it out of the population")
+        check_examples(client.name, len(client.train))
         began = time.perf_counter()
         algorithm, eta, state = self.algorithm, self._eta(down), self.store.load(client.index)
         own, kept, residual = (wire.part(state, name, self.device) for name in ("e_step", "kept", "residual"))
@@ -160,7 +165,7 @@ class RoundWork:
         started = time.perf_counter()
         q, own, kept = algorithm.e_step(self.objective, eta, on_device, own, kept, rng)
         seconds = time.perf_counter() - started
-        stats, weight = algorithm.message(eta, q), algorithm.weight(client)
+        stats, weight = wire.ordered(algorithm.message(eta, q), self.up_schema), algorithm.weight(len(client.train))
         if self.layer is not None and self.layer.seals:
             payload, residual = self.layer.seal(eta, stats, weight, client.index), {}
         else:
@@ -191,7 +196,7 @@ class RoundWork:
         asked = self.algorithm.delta or self.layer is not None
         eta = self._eta(self.downlink(upload.index)) if asked else None  # nothing else asks for it
         stats = wire.decode(self.algorithm, eta, upload.payload, self.up_schema, self.device)
-        expected = float(upload.examples) if self.algorithm.weighting == "examples" else 1.0
+        expected = self.algorithm.weight(upload.examples)
         if stats.clients != expected:
             raise PayloadError(f"count of clients is {stats.clients}, and this client stands for {expected}")
         stats = self.algorithm.accept(self.sent(upload.index), stats)

@@ -263,7 +263,7 @@ class _Loop:
         if done.total is None:
             return self.algorithm.idle(state.eta), state.server, done.why
         eta, server = self.algorithm.m_step(state.eta, done.total, state.server, self.objective.buffers)
-        if not all(bool(value.isfinite().all()) for value in [*tree.flatten(eta).values(), *server.values()]):
+        if not tree.finite([*tree.flatten(eta).values(), *server.values()]):
             return self.algorithm.idle(state.eta), state.server, "the M-step of the summed statistics is not finite"
         return eta, server, ""
 

@@ -13,12 +13,12 @@ from typing import Any, cast
 
 import torch
 
-from fedprior import posteriors, wire
+from fedprior import posteriors, tree, wire
 from fedprior.codecs import Dense, schema_of
 from fedprior.core import Client, Eta, Examples, Gathered, Params, Population, Stats
 from fedprior.records import Status
 from fedprior.rng import generator
-from fedprior.round import RoundWork, Upload
+from fedprior.round import RoundWork, Upload, check_examples
 
 
 def why_not(work: RoundWork, first: Client) -> str:
@@ -44,26 +44,21 @@ def why_not(work: RoundWork, first: Client) -> str:
     return ""
 
 
-def summed(work: RoundWork, indices: Sequence[int]) -> Stats | None:
-    """The sum of the clients' statistics; their records, in the order of `indices`."""
+def uploads(work: RoundWork, indices: Sequence[int]) -> tuple[list[Upload], Stats | None]:
+    """What the clients send, in the order of `indices`, and its sum; None if the payloads have to be received."""
     data, down = _gathered(work.population, indices), len(work.down)
     clients = list(zip(data.indices, data.names, data.sizes, strict=True))
     for _, name, examples in clients:
-        if examples == 0:
-            raise ValueError(f"client {name!r} has no training examples: leave it out of the population")
+        check_examples(name, examples)
     status: list[Status] = [work.availability.status(work.seed, work.number, i, n) for i, _, n in clients]
     rows = [row for row, s in enumerate(status) if s == "ok"]
     payloads, total, seconds, wired = _answers(work, data.part(rows)) if rows else ([], None, 0.0, 0.0)
     sent = dict(zip(rows, payloads, strict=True))
-    uploads = [
+    every = [
         Upload(*client, s, down, sent[row], {}, seconds, wired) if row in sent else Upload(*client, s, down)
         for row, (client, s) in enumerate(zip(clients, status, strict=True))
     ]
-    if total is None:
-        accepted = [stats for u in uploads if (stats := work.receive(u)) is not None]
-        return sum(accepted[1:], accepted[0]) if accepted else None
-    work.records += [u.record(u.status, "", 0.0) for u in uploads]
-    return total
+    return every, total
 
 
 def _gathered(population: Population, indices: Sequence[int]) -> Gathered:
@@ -84,7 +79,7 @@ def _answers(work: RoundWork, data: Gathered) -> tuple[list[bytes], Stats | None
     started, stackable = time.perf_counter(), cast(Any, algorithm.inference)
     q = stackable.e_steps(work.objective, algorithm.prior, eta, data, rngs)
     seconds = time.perf_counter() - started
-    weights = [float(n) if algorithm.weighting == "examples" else 1.0 for n in data.sizes]
+    weights = [algorithm.weight(n) for n in data.sizes]
     stack = _messages(work, eta, q.phi)
     first, *others = range(len(weights))
 
@@ -105,9 +100,7 @@ def _messages(work: RoundWork, eta: Eta, phi: Params) -> Params:
 
     def message(phi: Params) -> Params:
         stats = algorithm.message(eta, posteriors.Point(phi))
-        own = wire.flat(stats)
-        known = wire.flat(algorithm.reference(eta, stats)) if algorithm.delta else {}
-        return own | {k: own[k] - r for k, r in known.items()}
+        return wire.difference(algorithm, eta, stats)[0] if algorithm.delta else wire.flat(stats)
 
     return torch.func.vmap(message)(phi)
 
@@ -122,6 +115,6 @@ def _sum(work: RoundWork, stack: Params, weights: Sequence[float]) -> Stats | No
     carried = getattr(torch, codec.value_type)
     by_client = torch.tensor(weights, dtype=carried, device=work.device)
     total = {k: torch.tensordot(by_client, v.to(carried), 1).to(v.dtype) for k, v in stack.items()}
-    if not all(bool(v.isfinite().all()) for v in total.values()):
+    if not tree.finite(total.values()):
         return None
     return wire.unflat(total, sum(weights))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 from zlib import crc32
 
@@ -33,6 +33,11 @@ def dot(a: Mapping[str, Tensor], b: Mapping[str, Tensor]) -> Tensor:
 def size(params: Mapping[str, Tensor]) -> int:
     """The number of entries."""
     return sum(value.numel() for value in params.values())
+
+
+def finite(values: Iterable[Tensor]) -> bool:
+    """Are all entries numbers?"""
+    return all(bool(value.isfinite().all()) for value in values)
 
 
 def digest(params: Mapping[str, Tensor], start: int = 0) -> int:

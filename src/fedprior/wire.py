@@ -117,6 +117,12 @@ def unflat(message: Params, clients: float) -> Stats:
     return Stats(terms, clients)
 
 
+def ordered(stats: Stats, schema: Schema) -> Stats:
+    """Statistics in the order in which a message is written: those made of a state from disk may have another one."""
+    message = flat(stats)
+    return unflat({k: message[k] for k in schema}, stats.clients) if message.keys() == schema.keys() else stats
+
+
 def join(parts: Mapping[str, Params | None]) -> Params:
     """The parts of a client's personal state as one: {"part/key": tensor}; an empty part is none."""
     return {f"{part}/{key}": value for part, params in parts.items() for key, value in (params or {}).items()}

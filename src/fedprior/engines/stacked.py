@@ -12,6 +12,7 @@ from typing import Any
 
 from fedprior import stack
 from fedprior.core import Stats
+from fedprior.engines.sequential import summed
 
 WORK, LEAST = 1_000_000, 8
 """Parameters times examples a step above which, and clients below which, calls are not what takes the time."""
@@ -46,7 +47,7 @@ class Stacked:
         for start in range(0, len(indices), self.window):
             part = indices[start : start + self.window]
             try:
-                stats = stack.summed(work, part)
+                stats = _received(work, part)
             except Exception as error:
                 error.add_note(f"in round {work.number}, clients {part[0]} to {part[-1]}, seed {work.seed}")
                 raise
@@ -57,6 +58,15 @@ class Stacked:
     def close(self) -> None:
         """The next run is looked at anew."""
         self._store = None
+
+
+def _received(work: Any, indices: Sequence[int]) -> Stats | None:
+    """One window's sum and records."""
+    uploads, total = stack.uploads(work, indices)
+    if total is None:
+        return summed(work, uploads)
+    work.records += [u.record(u.status, "", 0.0) for u in uploads]
+    return total
 
 
 def worth(work: Any, cohort: int) -> str:

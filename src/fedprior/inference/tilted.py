@@ -16,28 +16,15 @@ import torch
 
 from fedprior import posteriors, tree
 from fedprior.core import Client, Eta, Params
-from fedprior.inference.ascent import batch_sizes, check_steps
+from fedprior.inference.ascent import Epochs, batch_sizes
 from fedprior.inference.point import Point
 from fedprior.inference.viewed import Viewed
 from fedprior.objective import Objective
 
 
 @dataclass(frozen=True)
-class Tilted:
-    """SGD, tilted.
-
-    Attributes:
-        lr: learning rate, for a loss in nats per example.
-        epochs: passes over the client's examples.
-        batch_size: examples a step; None for all of them.
-    """
-
-    lr: float
-    epochs: int = 1
-    batch_size: int | None = 20
-
-    def __post_init__(self) -> None:
-        check_steps(self.lr, self.epochs, self.batch_size)
+class Tilted(Epochs):
+    """SGD, tilted."""
 
     def start(self, prior: Any, eta: Eta) -> posteriors.Tilted:
         """The prior's point, without a tilt."""
@@ -54,8 +41,6 @@ class Tilted:
     ) -> tuple[posteriors.Tilted, Params]:
         """A few epochs from the prior's point; the state is the client's own vector."""
         before = self.start(prior, eta)
-        if state is not None:  # a state from disk has another order of names, and messages have the model's
-            state = {name: state[name] for name in before.phi}
         tilt = prior.tilt(eta, state)
         view = Viewed(prior, lambda phi: posteriors.Tilted(phi, tilt, before.step, before.new), len(client.train))
         q, _ = Point(self.lr, self.epochs, self.batch_size).e_step(objective, view, eta, client, None, rng)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import struct
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -144,8 +144,3 @@ class Layout:
         if crc != zlib.crc32(body := payload[_HEADER.size :]):
             raise PayloadError("checksum differs: the payload was changed on its way")
         return np.frombuffer(body, self.fixed.dtype)
-
-
-def finite(message: Sequence[torch.Tensor]) -> bool:
-    """Are all values numbers?"""
-    return all(bool(v.isfinite().all()) for v in message)

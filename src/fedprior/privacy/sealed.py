@@ -24,7 +24,7 @@ from fedprior.privacy import secure
 from fedprior.privacy.central import finished, noisy_share
 from fedprior.privacy.clipping import clip, unit
 from fedprior.privacy.fixed_point import FixedPoint
-from fedprior.privacy.layout import Field, Layout, finite, kept
+from fedprior.privacy.layout import Field, Layout, kept
 from fedprior.privacy.masks import threshold_for
 from fedprior.privacy.secure import ClientState
 from fedprior.records import ClientRecord
@@ -132,7 +132,7 @@ class Sealed:
         """What client `index` uploads; nothing if its values are not finite."""
         secure_sum, privacy = _parts(self.algorithm)
         message, _ = wire.difference(self.algorithm, eta, stats)
-        if not finite(list(message.values())):
+        if not tree.finite(message.values()):
             return b""
         rng = numpy_generator(self.seed, self.number, index, "noise")
         if privacy is not None:
