@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from fedprior.core import Params
 from fedprior.posteriors import Predictive
+from fedprior.recorded import Programs, may_be_recorded
 from fedprior.slim import Cut, slim
 
 PerExample = Callable[[Tensor, Tensor], Tensor]
@@ -142,6 +143,7 @@ class Objective:
     parameters, but no gradient reaches them. The module given is copied to `device` and never changed.
 
     Attributes:
+        every: names of its parameters and floating-point buffers.
         made_by: the cut, if the model was cut out of a larger one.
     """
 
@@ -157,11 +159,13 @@ class Objective:
         parameters = dict(self.model.named_parameters())
         norms = [m for m in self.model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
         self.smallest_batch = 2 if norms else 1  # a batch norm cannot be trained on one example
-        self.buffers = frozenset(name for name in self.params() if name not in parameters)
+        self.every = tuple(self.params())
+        self.buffers = frozenset(name for name in self.every if name not in parameters)
         self._counters = {k: b.clone() for k, b in self.model.named_buffers() if not b.is_floating_point()}
         self._smaller: tuple[Cut, Objective] | None = None
         self.made_by: Cut | None = None
         self._held: Params | None = None
+        self._recorded: dict[tuple[str, ...], Programs] = {}
         self.train(self.model.training)
 
     def params(self) -> Params:
@@ -227,6 +231,24 @@ class Objective:
     def log_lik(self, phi: Params, x: Tensor, y: Tensor) -> Tensor:
         """Mean log-likelihood per example of a batch, in nats; an E-step's gradient comes from here."""
         return self.loss.of_batch(self.outputs(phi, x), y)
+
+    @cached_property
+    def recordable(self) -> bool:
+        """May its gradients be recorded? Not with a loss or with layers of the user's own."""
+        return any(self.loss is known for known in LOSSES.values()) and may_be_recorded(self.model)
+
+    def gradients(self, names: Sequence[str]) -> Programs:
+        """(x, y, *values of phi) -> the gradients of minus `log_lik` for the parameters `names`, recorded.
+
+        The values are in the order of `every`. Only where `recordable`, and in training mode.
+        """
+
+        def function(x: Tensor, y: Tensor, *values: Tensor) -> tuple[Tensor | None, ...]:
+            phi = {k: v.detach() for k, v in zip(self.every, values, strict=True)}
+            value = self.log_lik(phi | {k: phi[k].requires_grad_() for k in names}, x, y)
+            return torch.autograd.grad(value, [phi[k] for k in names], value.new_tensor(-1.0), allow_unused=True)
+
+        return self._recorded.setdefault(tuple(names), Programs(function))
 
     def cut(self, cut: Cut) -> Objective:
         """The same objective over what is left of the model; the newest one is remembered."""

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from fedprior.core import Eta, Examples, Params
 from fedprior.objective import Objective
@@ -63,19 +63,25 @@ def ascend(
     smallest: int = 1,
     before_step: Callable[[], None] = lambda: None,
     steps: int = 1,
+    differentiate: Callable[[Tensor, Tensor], None] | None = None,
 ) -> None:
     """Maximise `bound(x, y)`, in nats per example, over what the optimisers hold: `steps` steps a mini-batch.
 
     `before_step` sees the gradients (of minus the bound) and the values they belong to; `after_step` is called when a
-    mini-batch is done.
+    mini-batch is done. `differentiate` sets the gradients where that is done without the bound.
     """
+
+    def backward(x: Tensor, y: Tensor) -> None:
+        value = bound(x, y)
+        value.backward(value.new_tensor(-1.0))
+
+    differentiate = differentiate or backward
     with seeded_globals(rng, data.x.device):
         for batch in batches(data, epochs, size, rng, smallest):
             for _ in range(steps):
                 for optimizer in optimizers:
                     optimizer.zero_grad()
-                value = bound(batch.x, batch.y)
-                value.backward(value.new_tensor(-1.0))
+                differentiate(batch.x, batch.y)
                 before_step()
                 for optimizer in optimizers:
                     optimizer.step()
@@ -85,14 +91,28 @@ def ascend(
 def leaves(objective: Objective, params: Params, names: Collection[str] | None = None) -> tuple[Params, list[Tensor]]:
     """A working copy of the parameters, and those of its tensors that are trained: of `names`, or all.
 
-    Convolutions are a third faster on a CPU with filters whose channels are last in memory.
+    Convolutions are a third faster on a CPU with filters whose channels are last in memory, and group norms of what
+    they give ten times slower.
     """
-    layout = {k: torch.channels_last if v.ndim == 4 else torch.preserve_format for k, v in params.items()}
+    last = not any(isinstance(m, nn.GroupNorm) for m in objective.model.modules())
+    layout = {k: torch.channels_last if last and v.ndim == 4 else torch.preserve_format for k, v in params.items()}
     phi = {k: v.detach().clone(memory_format=layout[k]) for k, v in params.items()}
     trained = [phi[k].requires_grad_() for k in objective.trainable if names is None or k in names]
     if not trained:
         raise ValueError(f"none of {', '.join(sorted(names or ()))} is trained: all are buffers, or frozen")
     return phi, trained
+
+
+def recorded(objective: Objective, phi: Params, trained: Sequence[Tensor]) -> Callable[[Tensor, Tensor], None]:
+    """What sets the gradients of `trained`, leaves of `phi`, for a bound that is the log-likelihood alone."""
+    values = [phi[k].detach() for k in objective.every]
+    program = objective.gradients([k for k in objective.trainable if phi[k].requires_grad])
+
+    def differentiate(x: Tensor, y: Tensor) -> None:
+        for value, gradient in zip(trained, program(x, y, *values), strict=True):
+            value.grad = gradient
+
+    return differentiate
 
 
 def detached(params: Params) -> Params:

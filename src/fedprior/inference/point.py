@@ -20,7 +20,7 @@ from torch import Tensor
 from fedprior import posteriors
 from fedprior.core import Client, Eta, Gathered, Params, Prior
 from fedprior.inference import stacked
-from fedprior.inference.ascent import Descent, Epochs, ascend, detached, leaves, what_is_left
+from fedprior.inference.ascent import Descent, Epochs, ascend, detached, leaves, recorded, what_is_left
 from fedprior.objective import Objective
 
 
@@ -99,9 +99,11 @@ class Point(Epochs):
             return log_lik + prior_term() / examples if pulls else log_lik
 
         objective.train()
-        smallest, optimizers = objective.smallest_batch, [self._optimizer(trained)]
+        how: dict[str, Any] = {"smallest": objective.smallest_batch}
+        if not pulls and objective.recordable:
+            how["differentiate"] = recorded(objective, phi, trained)
         with objective.holding(phi):
-            ascend(bound, client.train, optimizers, self.epochs, self.batch_size, rng, smallest=smallest)
+            ascend(bound, client.train, [self._optimizer(trained)], self.epochs, self.batch_size, rng, **how)
         return detached(phi)
 
     def _optimizer(self, trained: list[Tensor]) -> torch.optim.Optimizer | Descent:
