@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from fedprior.core import Params
 from fedprior.posteriors import Predictive
-from fedprior.recorded import Programs, may_be_recorded
+from fedprior.recorded import Function, Programs, may_be_recorded
 from fedprior.slim import Cut, slim
 
 PerExample = Callable[[Tensor, Tensor], Tensor]
@@ -165,7 +165,7 @@ class Objective:
         self._smaller: tuple[Cut, Objective] | None = None
         self.made_by: Cut | None = None
         self._held: Params | None = None
-        self._recorded: dict[tuple[str, ...], Programs] = {}
+        self._recorded: dict[str, Programs] = {}
         self.train(self.model.training)
 
     def params(self) -> Params:
@@ -237,10 +237,14 @@ class Objective:
         """May its gradients be recorded? Not with a loss or with layers of the user's own."""
         return any(self.loss is known for known in LOSSES.values()) and may_be_recorded(self.model)
 
-    def gradients(self, names: Sequence[str]) -> Programs:
-        """(x, y, *values of phi) -> the gradients of minus `log_lik` for the parameters `names`, recorded.
+    def recorded(self, name: str, function: Function) -> Function:
+        """`function`, which reads nothing that changes but its tensors, recorded under `name` where that may be."""
+        return self._recorded.setdefault(name, Programs(function)) if self.recordable else function
 
-        The values are in the order of `every`. Only where `recordable`, and in training mode.
+    def gradients(self, names: Sequence[str]) -> Function:
+        """(x, y, *values of phi) -> the gradients of minus `log_lik` for the parameters `names`, in training mode.
+
+        The values are in the order of `every`.
         """
 
         def function(x: Tensor, y: Tensor, *values: Tensor) -> tuple[Tensor | None, ...]:
@@ -248,7 +252,7 @@ class Objective:
             value = self.log_lik(phi | {k: phi[k].requires_grad_() for k in names}, x, y)
             return torch.autograd.grad(value, [phi[k] for k in names], value.new_tensor(-1.0), allow_unused=True)
 
-        return self._recorded.setdefault(tuple(names), Programs(function))
+        return self.recorded(" ".join(names), function)
 
     def cut(self, cut: Cut) -> Objective:
         """The same objective over what is left of the model; the newest one is remembered."""

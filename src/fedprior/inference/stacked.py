@@ -131,10 +131,16 @@ def _gradients(objective: Objective, phi: Params, x: Tensor, y: Tensor, weight: 
             return -objective.log_lik(every, x, y)
         return -(objective.loss.log_lik(objective.outputs(every, x), y) * weight).sum() / weight.sum()
 
-    trained = {k: phi[k] for k in objective.trainable}
-    fixed = {k: v for k, v in phi.items() if k not in trained}
-    dims = (0, 0, 0, 0, None if weight is None else 0)
-    return torch.func.vmap(torch.func.grad(loss), in_dims=dims)(trained, fixed, x, y, weight)
+    def function(x: Tensor, y: Tensor, *values: Tensor) -> tuple[Tensor, ...]:
+        phi, weight = dict(zip(objective.every, values, strict=False)), [*values[len(objective.every) :], None][0]
+        fixed = {k: v for k, v in phi.items() if k not in objective.trainable}
+        dims = (0, 0, 0, 0, None if weight is None else 0)
+        trained = {k: phi[k] for k in objective.trainable}
+        return tuple(torch.func.vmap(torch.func.grad(loss), in_dims=dims)(trained, fixed, x, y, weight).values())
+
+    values = [phi[k] for k in objective.every] + ([] if weight is None else [weight])
+    name = "stacked" if weight is None else "stacked, weighted"
+    return dict(zip(objective.trainable, objective.recorded(name, function)(x, y, *values), strict=True))
 
 
 def _prior_term(prior: Prior, eta: Eta) -> Any:
