@@ -246,5 +246,5 @@ def test_gathered_clients_are_those_of_the_index(scheme, holdout):
     got, want = population.gather(asked), [population[i] for i in asked]
     assert (got.indices, got.names) == ([c.index for c in want], [c.name for c in want])
     assert got.sizes == [len(c.train) for c in want]
-    for where, client in zip(got.where, want, strict=True):
+    for where, client in zip(got.where.split(list(got.sizes)), want, strict=True):
         assert positions(got.examples.take(where)) == positions(client.train)

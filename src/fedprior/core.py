@@ -18,7 +18,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 import torch
@@ -119,23 +118,24 @@ class Gathered:
         indices: the clients' own.
         names: theirs.
         examples: theirs, and maybe others.
-        where: positions of each client's examples among `examples`.
+        where: positions of the clients' examples among `examples`, client after client, int64.
+        sizes: how many examples each client has.
     """
 
     indices: Sequence[int]
     names: Sequence[str]
     examples: Examples
-    where: Sequence[Tensor]
-
-    @cached_property
-    def sizes(self) -> list[int]:
-        """How many examples each client has."""
-        return [own.shape[0] for own in self.where]  # len(own) is slow
+    where: Tensor
+    sizes: Sequence[int]
 
     def part(self, rows: Sequence[int]) -> Gathered:
         """Some of the clients."""
-        indices, names = [self.indices[r] for r in rows], [self.names[r] for r in rows]
-        return Gathered(indices, names, self.examples, [self.where[r] for r in rows])
+        if list(rows) == list(range(len(self.sizes))):
+            return self
+        own = self.where.split(list(self.sizes))
+        where = torch.cat([own[r] for r in rows])
+        indices, names, sizes = ([all_[r] for r in rows] for all_ in (self.indices, self.names, self.sizes))
+        return Gathered(indices, names, self.examples, where, sizes)
 
 
 @runtime_checkable

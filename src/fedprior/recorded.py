@@ -20,7 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 SLOW = (nn.modules.conv._ConvNd, nn.RNNBase, nn.MultiheadAttention)
 """Layers whose arithmetic, or whose number of operations, makes bookkeeping cheap beside it."""
 MOST = 64
-Function = Callable[..., tuple[Tensor | None, ...]]
+Function = Callable[..., tuple[Any, ...]]
 
 
 def may_be_recorded(model: nn.Module) -> bool:
@@ -38,7 +38,7 @@ class Programs:
         self._function = function
         self._programs: dict[Any, Function] = {}
 
-    def __call__(self, *inputs: Tensor) -> tuple[Tensor | None, ...]:
+    def __call__(self, *inputs: Tensor) -> tuple[Any, ...]:
         """What the function gives."""
         key = tuple([(t.shape, t.stride(), t.dtype, t.device) for t in inputs])
         program = self._programs.get(key)
@@ -50,7 +50,7 @@ class Programs:
         return program(*inputs)
 
 
-def record(function: Function, *inputs: Tensor) -> tuple[Function, tuple[Tensor | None, ...]]:
+def record(function: Function, *inputs: Tensor) -> tuple[Function, tuple[Any, ...]]:
     """The operations of one call of `function`, as a function of the same tensors, and what the call gave.
 
     Whatever else the call reads is kept as it was.
@@ -94,7 +94,7 @@ class _Recorder(TorchDispatchMode):
         self._lines.append((sets, reads, f"{', '.join(sets)}{',' * several} = {call}", stays))
         return outputs
 
-    def program(self, outputs: Iterable[Tensor | None]) -> Function:
+    def program(self, outputs: Iterable[Any]) -> Function:
         """What was recorded, without the lines that nothing reads; a value is forgotten after its last use."""
         results = ["None" if t is None else self._names[id(t)] for t in outputs]
         needed, text = set(results), [f"return {', '.join(results)},"]

@@ -31,7 +31,7 @@ def numpy_generator(seed: int, *names: int | str) -> np.random.Generator:
 
 def module_seed(rng: torch.Generator) -> int:
     """What `seeded_globals` lends to layers that draw: one number of rng's."""
-    return int(torch.randint(2**62, (), generator=rng))
+    return int(torch.empty((), dtype=torch.int64).random_(generator=rng))
 
 
 @contextmanager

@@ -16,7 +16,7 @@ import torch
 from fedprior import posteriors, tree, wire
 from fedprior.codecs import Dense, schema_of
 from fedprior.core import Client, Eta, Examples, Gathered, Params, Population, Stats
-from fedprior.records import Status
+from fedprior.records import ClientRecord, Status
 from fedprior.rng import generator
 from fedprior.round import RoundWork, Upload, check_examples
 
@@ -45,7 +45,7 @@ def why_not(work: RoundWork, first: Client) -> str:
 
 
 def uploads(work: RoundWork, indices: Sequence[int]) -> tuple[list[Upload], Stats | None]:
-    """What the clients send, in the order of `indices`, and its sum; None if the payloads have to be received."""
+    """The sum of what the clients send, and its records; or, in the order of `indices`, uploads to be received."""
     data, down = _gathered(work.population, indices), len(work.down)
     clients = list(zip(data.indices, data.names, data.sizes, strict=True))
     for _, name, examples in clients:
@@ -54,11 +54,16 @@ def uploads(work: RoundWork, indices: Sequence[int]) -> tuple[list[Upload], Stat
     rows = [row for row, s in enumerate(status) if s == "ok"]
     payloads, total, seconds, wired = _answers(work, data.part(rows)) if rows else ([], None, 0.0, 0.0)
     sent = dict(zip(rows, payloads, strict=True))
-    every = [
+    if total is not None:
+        up = len(payloads[0])
+        for row, ((index, name, examples), s) in enumerate(zip(clients, status, strict=True)):
+            took = (up, seconds, "", wired) if row in sent else (0, 0.0, "", 0.0)
+            work.records.append(ClientRecord(index, name, s, examples, down, *took))
+        return [], total
+    return [
         Upload(*client, s, down, sent[row], {}, seconds, wired) if row in sent else Upload(*client, s, down)
         for row, (client, s) in enumerate(zip(clients, status, strict=True))
-    ]
-    return every, total
+    ], None
 
 
 def _gathered(population: Population, indices: Sequence[int]) -> Gathered:
@@ -68,8 +73,8 @@ def _gathered(population: Population, indices: Sequence[int]) -> Gathered:
         return gather(indices)
     clients = [population[i] for i in indices]
     x, y = (torch.cat([getattr(c.train, field) for c in clients]) for field in ("x", "y"))
-    where = torch.arange(len(x)).split([len(c.train) for c in clients])
-    return Gathered([c.index for c in clients], [c.name for c in clients], Examples(x, y), where)
+    sizes = [len(c.train) for c in clients]
+    return Gathered([c.index for c in clients], [c.name for c in clients], Examples(x, y), torch.arange(len(x)), sizes)
 
 
 def _answers(work: RoundWork, data: Gathered) -> tuple[list[bytes], Stats | None, float, float]:

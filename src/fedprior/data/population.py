@@ -47,10 +47,15 @@ class Partition:
 
     def gather(self, indices: Sequence[int]) -> Gathered:
         """The training examples of several clients: where they are."""
-        own = [_checked(i, len(self)) for i in indices]
-        starts, ends = self.offsets[torch.tensor([own, [i + 1 for i in own]])].tolist()
-        where = [self.index[a : b - self._held(b - a)] for a, b in zip(starts, ends, strict=True)]
-        return Gathered(own, [self.name(i) for i in own], self.examples, where)
+        count = len(self)
+        own = [_checked(i, count) for i in indices]
+        starts, ends = self.offsets[torch.tensor([own, [i + 1 for i in own]])]
+        sizes = [size - self._held(size) for size in (ends - starts).tolist()]
+        each = torch.tensor(sizes)
+        shift = (starts - each.cumsum(0) + each).repeat_interleave(each)
+        where = self.index[shift + torch.arange(len(shift))]
+        names = [f"client-{i}" for i in own] if self.names is None else [self.names[i] for i in own]
+        return Gathered(own, names, self.examples, where, sizes)
 
     def __iter__(self) -> Iterator[Client]:
         return (self[i] for i in range(len(self)))

@@ -47,7 +47,8 @@ class Stacked:
         for start in range(0, len(indices), self.window):
             part = indices[start : start + self.window]
             try:
-                stats = _received(work, part)
+                uploads, stats = stack.uploads(work, part)
+                stats = summed(work, uploads) if stats is None else stats
             except Exception as error:
                 error.add_note(f"in round {work.number}, clients {part[0]} to {part[-1]}, seed {work.seed}")
                 raise
@@ -58,15 +59,6 @@ class Stacked:
     def close(self) -> None:
         """The next run is looked at anew."""
         self._store = None
-
-
-def _received(work: Any, indices: Sequence[int]) -> Stats | None:
-    """One window's sum and records."""
-    uploads, total = stack.uploads(work, indices)
-    if total is None:
-        return summed(work, uploads)
-    work.records += [u.record(u.status, "", 0.0) for u in uploads]
-    return total
 
 
 def worth(work: Any, cohort: int) -> str:

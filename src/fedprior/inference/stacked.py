@@ -60,8 +60,8 @@ def e_steps(
         module_seed(rng)  # as the plain loop does, for layers that draw: there are none here
     stacks = []
     for rows in groups:
-        stacks.append({k: v.detach().expand(len(rows), *v.shape).clone() for k, v in start.items()})
-        _train(point, objective, prior, eta, data.part(rows), [rngs[r] for r in rows], stacks[-1])
+        same = {k: v.detach().expand(len(rows), *v.shape) for k, v in start.items()}
+        stacks.append(_train(point, objective, prior, eta, data.part(rows), [rngs[r] for r in rows], same))
     if len(groups) == 1:
         return stacks[0]
     place = torch.tensor([row for rows in groups for row in rows]).argsort()
@@ -85,23 +85,25 @@ def _train(
     data: Gathered,
     rngs: Sequence[torch.Generator],
     phi: Params,
-) -> None:
-    """Change `phi` in place: all epochs of the clients."""
+) -> Params:
+    """All epochs of the clients, from `phi`, which stays as it is."""
+    phi, start = dict(phi), dict(phi)
     like, sizes = next(iter(phi.values())), data.sizes
     count = torch.tensor(sizes).to(like)
     term = _prior_term(prior, eta)
     velocity: Params = {}
     for _ in range(point.epochs):
         examples, here = _shuffled(data, rngs, like.device)
-        start = 0
+        first = 0
         for size in batch_sizes(max(sizes), point.batch_size):
-            part = slice(start, start + size)
+            part = slice(first, first + size)
             weight = None if here is None or bool(here[:, part].all()) else here[:, part].to(like)
             gradient = _gradients(objective, phi, examples.x[:, part], examples.y[:, part], weight)
             if term is not None:
                 gradient = tree.map(lambda g, p: g + p, gradient, _pull(term, objective, phi, count))
-            _descend(point, phi, gradient, velocity)
-            start += size
+            _descend(point, phi, start, gradient, velocity)
+            first += size
+    return {k: v.clone() if v is start[k] else v for k, v in phi.items()}
 
 
 def _shuffled(data: Gathered, rngs: Sequence[torch.Generator], device: Any) -> tuple[Examples, Tensor | None]:
@@ -114,7 +116,7 @@ def _shuffled(data: Gathered, rngs: Sequence[torch.Generator], device: Any) -> t
     else:
         index = nn.utils.rnn.pad_sequence(orders, batch_first=True) + starts  # padded with a client's first example
         here = (torch.arange(max(sizes)) < torch.tensor(sizes)[:, None]).to(device)
-    index = torch.cat(tuple(data.where))[index]
+    index = data.where[index]
     x, y = (
         v.index_select(0, index.flatten().to(v.device)).unflatten(0, index.shape).to(device)
         for v in (data.examples.x, data.examples.y)
@@ -164,9 +166,9 @@ def _pull(term: Any, objective: Objective, phi: Params, count: Tensor) -> Params
     return torch.func.vmap(torch.func.grad(loss))(trained, fixed, count)
 
 
-def _descend(point: Point, phi: Params, gradient: Params, velocity: Params) -> None:
-    """SGD, with momentum as torch.optim.SGD has it."""
+def _descend(point: Point, phi: Params, start: Params, gradient: Params, velocity: Params) -> None:
+    """SGD, with momentum as torch.optim.SGD has it; the first step leaves `start`."""
     for k, g in gradient.items():
         if point.momentum:
             velocity[k] = g = velocity[k].mul_(point.momentum).add_(g) if k in velocity else g
-        phi[k].add_(g, alpha=-point.lr)
+        phi[k] = torch.add(phi[k], g, alpha=-point.lr, out=None if phi[k] is start[k] else phi[k])
