@@ -136,6 +136,13 @@ def scaled(case: Case, rng: torch.Generator) -> posteriors.Scaled:
     return posteriors.Scaled(normal(rng, case.params), uniform(rng, case.params, 0.5, 2.0))
 
 
+def confident(case: Case, rng: torch.Generator) -> posteriors.Confident:
+    """As the E-step makes it: a client's confidence is what the case's first eta gives it."""
+    var = uniform(rng, {k: case.params[k] for k in case.prior.names}, 0.5, 2.0)
+    q = posteriors.Confident(normal(rng, case.params), var, {})
+    return replace(q, confidence=case.prior.confidence(case.eta(), q))
+
+
 def site(case: Case, rng: torch.Generator) -> posteriors.Site:
     return posteriors.Site(uniform(rng, case.params, 0.1, 2.0), normal(rng, case.params))
 
@@ -187,6 +194,14 @@ PRIORS = [
     Case("learned-scale-of-the-library", priors.LearnedScale(1e-9), PLAIN, diagonal),
     Case("laplace", priors.ScaleMixture("laplace"), PLAIN, scaled, e_step=inference.Reweighted(0.1)),
     Case("horseshoe", priors.ScaleMixture("horseshoe"), PLAIN, scaled, e_step=inference.Reweighted(0.1)),
+    Case(
+        "confidence",
+        priors.Confidence(0.5, names=("weight",)),
+        PLAIN,
+        confident,
+        curved=False,
+        e_step=inference.Confidence(0.1),
+    ),
     Case("distilled", priors.Distilled(), PLAIN, taught, curved=False, e_step=inference.Langevin(0.1, 0.1)),
     Case("sites", priors.Sites(0.5), PLAIN, site, e_step=inference.Sites()),
     Case("mixture-0", priors.Mixture(), PLAIN, mixed, curved=False, e_step=inference.Mixture(0.1)),

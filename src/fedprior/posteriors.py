@@ -169,6 +169,29 @@ class Scaled:
 
 
 @dataclass(frozen=True)
+class Confident:
+    """N(phi, var) in some parameters and a point in the others, and how sure the client is of its prior.
+
+    Attributes:
+        phi: the means, shapes as the parameters.
+        var: of the parameters that are uncertain, > 0.
+        confidence: {"c": scalar}, 1 / rho^2 in units of the prior's (priors.Confidence).
+    """
+
+    phi: Params
+    var: Params
+    confidence: Params
+
+    def mean(self) -> Params:
+        """E[phi]."""
+        return self.phi
+
+    def second_moment(self) -> Params:
+        """E[phi^2], elementwise."""
+        return {k: m**2 + self.var[k] if k in self.var else m**2 for k, m in self.phi.items()}
+
+
+@dataclass(frozen=True)
 class Site:
     """The change of a client's Gaussian factor, in natural parameters.
 

@@ -1,6 +1,7 @@
 """Priors p(phi_s | eta), one file each."""
 
 from fedprior.priors.centres import Centres
+from fedprior.priors.confidence import Confidence
 from fedprior.priors.custom import Custom
 from fedprior.priors.distilled import Distilled
 from fedprior.priors.dropout import Dropout
@@ -22,6 +23,7 @@ from fedprior.priors.split import Split
 __all__ = [
     "NIW",
     "Centres",
+    "Confidence",
     "Custom",
     "Distilled",
     "Dropout",
