@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -209,11 +210,11 @@ class Mixed:
     """A few models, and how much of the client comes from each.
 
     Attributes:
-        phi: the models, stacked: (K, ...) for a parameter's (...).
+        parts: K posteriors, one a model.
         pi: {"pi": (K,)}, >= 0, with sum 1.
     """
 
-    phi: Params
+    parts: tuple[Any, ...]
     pi: Params
 
 

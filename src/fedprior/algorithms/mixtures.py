@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from fedprior import inference, priors
+from fedprior import inference, priors, wire
 from fedprior.algorithm import Algorithm, Weighting
+from fedprior.codecs import Entropy, Sparse, ValueType
 
 
 def fedem(
@@ -20,7 +21,7 @@ def fedem(
     The models start around yours, at a distance of `spread` times its weights; `start` is the seed (priors.Mixture).
     All of them travel.
     """
-    e_step = inference.Mixture(lr, epochs, batch_size)
+    e_step = inference.Mixture(inference.Point(lr, epochs, batch_size))
     return Algorithm(priors.Mixture(components, spread=spread, seed=start), e_step, weighting=weighting, name="fedem")
 
 
@@ -39,7 +40,7 @@ def ifca(
     all clients begin with the same one, they stay with it: try another `start`. A client's message has a slot for each
     model, so that a sum over clients does not tell which was whose.
     """
-    e_step = inference.Mixture(lr, epochs, batch_size, hard=True)
+    e_step = inference.Mixture(inference.Point(lr, epochs, batch_size), hard=True)
     return Algorithm(priors.Mixture(clusters, spread=spread, seed=start), e_step, weighting=weighting, name="ifca")
 
 
@@ -59,6 +60,29 @@ def fedhbmixture(
     The paper's sigma^2 is 1 / `precision`; `clients` is how many there are in all (priors.Centres). The centres start
     around your model, at a distance of `spread` times its weights; `start` is the seed. All of them travel.
     """
-    prior = priors.Centres(components, precision, spread=spread, seed=start, clients=clients)
+    prior = priors.Centres(components, priors.Gaussian(precision), spread=spread, seed=start, clients=clients)
     e_step = inference.Centres(lr, epochs, batch_size)
     return Algorithm(prior, e_step, weighting=weighting, name="fedhbmixture")
+
+
+def fedsparsemixture(
+    lr: float = 0.2,
+    density: float = 0.1,
+    clusters: int = 2,
+    spread: float = 0.5,
+    start: int = 0,
+    epochs: int = 1,
+    batch_size: int | None = 20,
+    weighting: Weighting = "examples",
+    value_type: ValueType = "float32",
+    entropy: Entropy = "zlib",
+) -> Algorithm:
+    """Louizos et al. 2021, arXiv:2111.10192, in clusters: IFCA whose models are sparse, each with its own units.
+
+    `density` is of each model (priors.SharedGates); the others are those of ifca and fedsparse. A client sends the
+    sparse model of its own cluster, and receives all of them.
+    """
+    prior = priors.SparseMixture(clusters, priors.SharedGates(density), spread=spread, seed=start)
+    e_step = inference.Mixture(inference.Gains(lr, epochs, batch_size), hard=True)
+    both = wire.chain(Sparse(entropy="none" if value_type == "float32" else entropy), value_type)
+    return Algorithm(prior, e_step, weighting=weighting, name="fedsparsemixture", **both)

@@ -17,6 +17,7 @@ from fedprior.priors.scaffold import Scaffold
 from fedprior.priors.scale_mixture import ScaleMixture
 from fedprior.priors.shared_gates import SharedGates
 from fedprior.priors.sites import Sites
+from fedprior.priors.sparse_mixture import SparseMixture
 from fedprior.priors.spike_slab import SpikeSlab
 from fedprior.priors.split import Split
 
@@ -38,6 +39,7 @@ __all__ = [
     "ScaleMixture",
     "SharedGates",
     "Sites",
+    "SparseMixture",
     "SpikeSlab",
     "Split",
 ]

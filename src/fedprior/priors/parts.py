@@ -85,16 +85,21 @@ class Moments:
         )
 
 
-def join_etas(etas: Sequence[Eta]) -> Eta:
-    """One NamedTuple: part{i}_FIELD."""
-    joint: Any = _joint(tuple(type(eta) for eta in etas))
-    return joint(*(value for eta in etas for value in eta))
+def join_etas(etas: Sequence[Eta], **more: Params) -> Eta:
+    """One NamedTuple: part{i}_FIELD, and fields of its own."""
+    joint: Any = _joint(tuple(type(eta) for eta in etas), tuple(more))
+    return joint(*(value for eta in etas for value in eta), *more.values())
 
 
 @lru_cache(maxsize=64)
-def _joint(types: tuple[Any, ...]) -> type:
-    fields = [f"part{i}_{field}" for i, kind in enumerate(types) for field in kind._fields]
+def _joint(types: tuple[Any, ...], more: tuple[str, ...]) -> type:
+    fields = [*names_of_parts([kind._fields for kind in types]), *more]
     return type("Eta", (namedtuple("Eta", fields),), {"__slots__": (), "types": types})
+
+
+def names_of_parts(names: Sequence[Iterable[str]]) -> tuple[str, ...]:
+    """part{i}_NAME for each of the names of each part."""
+    return tuple(f"part{i}_{name}" for i, own in enumerate(names) for name in own)
 
 
 def part_etas(eta: Eta) -> list[Eta]:
