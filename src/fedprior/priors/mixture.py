@@ -26,7 +26,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor, nn
@@ -56,10 +56,16 @@ class Mixture:
     seed: int = 0
     names: tuple[str, ...] | None = field(default=None, repr=False)
     least = 1e-6
+    no_place: ClassVar[tuple[str, ...]] = ("cut", "sample", "accept", "reference", "project", "kept", "log_hyper")
 
     def __post_init__(self) -> None:
         if self.components < 1 or not 0 <= self.spread < math.inf:
             raise ValueError(f"need components >= 1, and a finite spread >= 0, got {self}")
+        if unfit := [method for method in self.no_place if hasattr(self.prior, method)]:
+            raise TypeError(
+                f"{type(self).__name__} has no place for the {', '.join(unfit)} of {type(self.prior).__name__}: use "
+                "priors.SparseMixture(prior=SharedGates(...)), or a prior without them"
+            )
 
     @property
     def uplink(self) -> tuple[str, ...]:
@@ -71,7 +77,7 @@ class Mixture:
         """The components', and the shares."""
         return (*names_of_parts([getattr(self.prior, "exact", ())] * self.components), "share")
 
-    def bind(self, model: nn.Module, x: Tensor) -> Mixture:
+    def bind(self, model: nn.Module, x: Tensor) -> Self:
         """The model's parameters get noise, its buffers do not."""
         prior = self.prior.bind(model, x) if hasattr(self.prior, "bind") else self.prior
         return replace(self, prior=prior, names=tuple(name for name, _ in model.named_parameters()))

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, Self
 
 from fedprior import tree
 from fedprior.core import Eta, Stats
@@ -36,13 +36,14 @@ class SparseMixture(Mixture):
 
     components: int = 2
     prior: SharedGates = field(default_factory=lambda: SharedGates(0.1))
+    no_place = ()
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if not isinstance(self.prior, SharedGates) or self.prior.density is None:
             raise ValueError(f"SparseMixture needs a prior SharedGates(density=...) with a density, got {self.prior}")
 
-    def scheduled(self, rounds: int) -> SparseMixture:
+    def scheduled(self, rounds: int) -> Self:
         """The same prior with a schedule for a run of so many rounds."""
         return replace(self, prior=self.prior.scheduled(rounds))
 
