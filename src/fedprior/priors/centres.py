@@ -29,6 +29,7 @@ import torch
 from torch import Tensor
 
 from fedprior.core import Eta, Stats
+from fedprior.priors.components import seen
 from fedprior.priors.gaussian import Gaussian
 from fedprior.priors.mixture import Mixture
 from fedprior.priors.parts import join_etas, part_etas
@@ -71,7 +72,7 @@ class Centres(Mixture):
         pi, means = t["pi"]["pi"], part_etas(super().m_step(eta, t))
 
         def shrunk(mean: Gaussian.Eta, c: float) -> Gaussian.Eta:
-            left = c / (c + self.ridge / self.prior.precision) if c > self.least * t.clients else 1.0
+            left = c / (c + self.ridge / self.prior.precision) if seen(c, t) else 1.0
             return Gaussian.Eta({k: left * w if self._shrinks(k) else w for k, w in mean.mean.items()})
 
         return join_etas([shrunk(*one) for one in zip(means, pi.tolist(), strict=True)], share={"pi": pi / t.clients})

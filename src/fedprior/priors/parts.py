@@ -1,4 +1,4 @@
-"""What Split is made of: names by pattern, posteriors of some names, and several etas and statistics as one."""
+"""What Split and Mixture are made of: names by pattern, posteriors of some names, etas and statistics side by side."""
 
 from __future__ import annotations
 
@@ -42,6 +42,12 @@ def assigned(patterns: tuple[tuple[str, ...], ...], names: tuple[str, ...]) -> t
             raise ValueError(f"Split: no pattern matches {name!r}; write '*' as the last pattern for what is left")
         hits[0].append(name)
     return tuple(map(tuple, parts))
+
+
+def check_place(prior: Any, methods: Iterable[str], place: str) -> None:
+    """A TypeError for a prior with methods for which there is no place."""
+    if unfit := [method for method in methods if hasattr(prior, method)]:
+        raise TypeError(f"{type(prior).__name__} needs a whole model ({', '.join(unfit)}), not {place}")
 
 
 def take(params: Mapping[str, Any], names: Iterable[str]) -> Params:

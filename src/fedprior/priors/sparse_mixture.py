@@ -19,7 +19,8 @@ from typing import Any, Self
 
 from fedprior import tree
 from fedprior.core import Eta, Stats
-from fedprior.priors.mixture import Mixture, most
+from fedprior.priors.components import each, most
+from fedprior.priors.mixture import Mixture
 from fedprior.priors.parts import join_etas, join_stats, part_etas
 from fedprior.priors.shared_gates import SharedGates
 from fedprior.slim import Cut
@@ -68,15 +69,13 @@ class SparseMixture(Mixture):
 
     def accept(self, eta: Eta, t: Stats) -> Stats:
         """The statistics of a client; a PayloadError for gains that no E-step finds."""
-        for part, own in self.each(eta, t):
+        for part, own in each(eta, t):
             self.prior.accept(part, own)
         return t
 
     def reference(self, eta: Eta, sent: Stats) -> Stats:
         """pi_k w_k: the differences pi_k (phi_k - w_k) are zero for all components but the client's."""
-        parts = [
-            Stats({"phi": tree.map(lambda w, n=own.clients: n * w, part.mean)}) for part, own in self.each(eta, sent)
-        ]
+        parts = [Stats({"phi": tree.map(lambda w, n=own.clients: n * w, part.mean)}) for part, own in each(eta, sent)]
         return Stats(join_stats(parts).terms, sent.clients)
 
     def project(self, eta: Eta, before: Eta) -> Eta:

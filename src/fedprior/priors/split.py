@@ -31,6 +31,7 @@ from fedprior.priors.parts import (
     Moments,
     PartOf,
     assigned,
+    check_place,
     globs,
     join_etas,
     join_stats,
@@ -80,10 +81,7 @@ class Split:
                     f"Split: no parameter is left for {pattern!r}; the model has {', '.join(params)}. "
                     "Patterns are tried in order, and the first match wins"
                 )
-            if unfit := [method for method in _NOT_A_PART if hasattr(prior, method)]:
-                raise TypeError(
-                    f"{type(prior).__name__} needs a whole model ({', '.join(unfit)}), not a part of a Split"
-                )
+            check_place(prior, _NOT_A_PART, "a part of a Split")
             parts[pattern] = bound = prior.bind(model, x) if hasattr(prior, "bind") else prior
             bound.stats(Moments(take(params, own), type(prior).__name__))
         return replace(self, parts=parts, names=names).recall(params)
