@@ -18,6 +18,7 @@ from fedprior.codecs import PayloadError, Sparse, schema_of
 from fedprior.codecs.frame import HEADER_BYTES
 from fedprior.core import Stats
 from fedprior.objective import Objective
+from fedprior.priors import components
 from fedprior.priors.parts import part_etas
 from fedprior.rng import generator
 
@@ -231,9 +232,9 @@ MISTAKES: dict[str, tuple[Any, str, Callable[[Any], Any], Callable[[], None]]] =
         test_a_client_sends_its_own_model_and_the_masks_of_empty_slots,
     ),
     "an average over all clients": (
-        priors.SparseMixture,
+        components,
         "each",
-        lambda f: lambda s, eta, t: ((part, Stats(own.terms, t.clients)) for part, own in f(s, eta, t)),
+        lambda f: lambda eta, t: ((part, Stats(own.terms, t.clients)) for part, own in f(eta, t)),
         test_at_a_density_of_one_it_is_ifca,
     ),
     "a component nobody chose waits": (

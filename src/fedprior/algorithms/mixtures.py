@@ -1,4 +1,4 @@
-"""Several models at the server: clients have a share in each, or belong to one."""
+"""Several models at the server: clients have a share in each, or belong to one; sparse ones."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ def fedhbmixture(
 
 
 def fedsparsemixture(
-    lr: float = 0.2,
+    lr: float = 0.3,
     density: float = 0.1,
     clusters: int = 2,
     spread: float = 0.5,
@@ -77,7 +77,7 @@ def fedsparsemixture(
     value_type: ValueType = "float32",
     entropy: Entropy = "zlib",
 ) -> Algorithm:
-    """Louizos et al. 2021, arXiv:2111.10192, in clusters: IFCA whose models are sparse, each with its own units.
+    """Ghosh et al. 2020 with Louizos et al. 2021, arXiv:2111.10192: IFCA whose models are sparse, each with its own units.
 
     `density` is of each model (priors.SharedGates); the others are those of ifca and fedsparse. A client sends the
     sparse model of its own cluster, and receives all of them.
