@@ -18,6 +18,7 @@ from cases import PLAIN, Case, classification_clients, close, equal, mixed, tota
 from fedprior import Client, Examples, inference, priors
 from fedprior.inference import mixture
 from fedprior.objective import Objective
+from fedprior.priors import components
 from fedprior.priors.parts import part_etas
 from fedprior.rng import generator
 from quadratics import SIZE, best
@@ -235,6 +236,16 @@ MISTAKES: dict[str, tuple[Any, str, Callable[[Any], Any]]] = {
         inference.Mixture,
         "_train",
         lambda f: lambda s, o, p, w, c, r, g: f(s, o, p, w, c, torch.ones_like(r), g),
+    ),
+    "an average over all clients": (
+        components,
+        "each",
+        lambda f: lambda eta, t: ((part, replace(own, clients=t.clients)) for part, own in f(eta, t)),
+    ),
+    "one client too many in the shares": (
+        components,
+        "share_m_step",
+        lambda f: lambda pi, clients: f(pi, clients + 1),
     ),
     "a mean over clients": (
         priors.Mixture,

@@ -18,7 +18,6 @@ from fedprior.codecs import PayloadError, Sparse, schema_of
 from fedprior.codecs.frame import HEADER_BYTES
 from fedprior.core import Stats
 from fedprior.objective import Objective
-from fedprior.priors import components
 from fedprior.priors.parts import part_etas
 from fedprior.rng import generator
 
@@ -230,12 +229,6 @@ MISTAKES: dict[str, tuple[Any, str, Callable[[Any], Any], Callable[[], None]]] =
         "stats",
         lambda f: lambda s, q: f(s, replace(q, pi={"pi": torch.full_like(q.pi["pi"], 0.5)})),
         test_a_client_sends_its_own_model_and_the_masks_of_empty_slots,
-    ),
-    "an average over all clients": (
-        components,
-        "each",
-        lambda f: lambda eta, t: ((part, Stats(own.terms, t.clients)) for part, own in f(eta, t)),
-        test_at_a_density_of_one_it_is_ifca,
     ),
     "a component nobody chose waits": (
         priors.SharedGates,

@@ -77,7 +77,7 @@ def fedsparsemixture(
     value_type: ValueType = "float32",
     entropy: Entropy = "zlib",
 ) -> Algorithm:
-    """Ghosh et al. 2020 with Louizos et al. 2021, arXiv:2111.10192: IFCA whose models are sparse, each with its own units.
+    """Ghosh et al. 2020, Louizos et al. 2021: IFCA whose models are sparse, each with units of its own.
 
     `density` is of each model (priors.SharedGates); the others are those of ifca and fedsparse. A client sends the
     sparse model of its own cluster, and receives all of them.
