@@ -54,13 +54,17 @@ def fedhbmixture(
     epochs: int = 1,
     batch_size: int | None = 20,
     weighting: Weighting = "uniform",
+    ridge: float = 0.1,
 ) -> Algorithm:
     """Kim & Hospedales 2023, arXiv:2305.04979: clients' models lie around a few centres, which a prior shrinks.
 
     The paper's sigma^2 is 1 / `precision`; `clients` is how many there are in all (priors.Centres). The centres start
-    around your model, at a distance of `spread` times its weights; `start` is the seed. All of them travel.
+    around your model, at a distance of `spread` times its weights; `start` is the seed. All of them travel. Their prior
+    is worth `ridge` / `precision` clients at 0; the paper's ridge of 1 shrinks the centres of a few clients.
     """
-    prior = priors.Centres(components, priors.Gaussian(precision), spread=spread, seed=start, clients=clients)
+    prior = priors.Centres(
+        components, priors.Gaussian(precision), spread=spread, seed=start, ridge=ridge, clients=clients
+    )
     e_step = inference.Centres(lr, epochs, batch_size)
     return Algorithm(prior, e_step, weighting=weighting, name="fedhbmixture")
 
