@@ -136,6 +136,13 @@ def scaled(case: Case, rng: torch.Generator) -> posteriors.Scaled:
     return posteriors.Scaled(normal(rng, case.params), uniform(rng, case.params, 0.5, 2.0))
 
 
+def confident(case: Case, rng: torch.Generator) -> posteriors.Confident:
+    """As the E-step makes it: a client's confidence is what the case's first eta gives it."""
+    var = uniform(rng, {k: case.params[k] for k in case.prior.names}, 0.5, 2.0)
+    q = posteriors.Confident(normal(rng, case.params), var, {})
+    return replace(q, confidence=case.prior.confidence(case.eta(), q))
+
+
 def site(case: Case, rng: torch.Generator) -> posteriors.Site:
     return posteriors.Site(uniform(rng, case.params, 0.1, 2.0), normal(rng, case.params))
 
@@ -146,8 +153,14 @@ def taught(case: Case, rng: torch.Generator) -> posteriors.Distilled:
 
 def mixed(case: Case, rng: torch.Generator) -> posteriors.Mixed:
     """Three components, of which the client has a part in each."""
-    phi = tree.map(lambda v: torch.randn(3, *v.shape, generator=rng, dtype=v.dtype), case.params)
-    return posteriors.Mixed(phi, {"pi": torch.randn(3, generator=rng, dtype=torch.float64).softmax(0)})
+    parts = tuple(posteriors.Point(normal(rng, case.params)) for _ in range(3))
+    return posteriors.Mixed(parts, {"pi": torch.randn(3, generator=rng, dtype=torch.float64).softmax(0)})
+
+
+def mixed_gains(case: Case, rng: torch.Generator) -> posteriors.Mixed:
+    """Two components, of which the client has a part in each."""
+    parts = tuple(gains(case, rng) for _ in range(2))
+    return posteriors.Mixed(parts, {"pi": torch.randn(2, generator=rng, dtype=torch.float64).softmax(0)})
 
 
 def bound(prior: Any, model: nn.Module, x: Tensor) -> dict[str, Any]:
@@ -157,6 +170,7 @@ def bound(prior: Any, model: nn.Module, x: Tensor) -> dict[str, Any]:
 MLP = fp.models.mlp(4, (3, 2), 2).double()
 CONV = conv_net()
 SHARED = [priors.SharedGates(0.5, 0.8, 4, precision, hold=0) for precision in (0.0, 3.0)]
+MIXED = inference.Mixture(inference.Point(0.1))
 PRIORS = [
     Case("gaussian-0", priors.Gaussian(), PLAIN, point, curved=False),
     Case("gaussian-2", priors.Gaussian(2.0), PLAIN, point),
@@ -187,11 +201,32 @@ PRIORS = [
     Case("learned-scale-of-the-library", priors.LearnedScale(1e-9), PLAIN, diagonal),
     Case("laplace", priors.ScaleMixture("laplace"), PLAIN, scaled, e_step=inference.Reweighted(0.1)),
     Case("horseshoe", priors.ScaleMixture("horseshoe"), PLAIN, scaled, e_step=inference.Reweighted(0.1)),
+    Case(
+        "confidence",
+        priors.Confidence(0.5, names=("weight",)),
+        PLAIN,
+        confident,
+        curved=False,
+        e_step=inference.Confidence(0.1),
+    ),
     Case("distilled", priors.Distilled(), PLAIN, taught, curved=False, e_step=inference.Langevin(0.1, 0.1)),
     Case("sites", priors.Sites(0.5), PLAIN, site, e_step=inference.Sites()),
-    Case("mixture-0", priors.Mixture(), PLAIN, mixed, curved=False, e_step=inference.Mixture(0.1)),
-    Case("mixture-2", priors.Mixture(precision=2.0), PLAIN, mixed, e_step=inference.Mixture(0.1)),
-    Case("centres", priors.Centres(3, 2.0, ridge=0.5), PLAIN, mixed, e_step=inference.Centres(0.1)),
+    Case("mixture-0", priors.Mixture(), PLAIN, mixed, curved=False, e_step=MIXED),
+    Case("mixture-2", priors.Mixture(prior=priors.Gaussian(2.0)), PLAIN, mixed, e_step=MIXED),
+    Case("centres", priors.Centres(3, priors.Gaussian(2.0), ridge=0.5), PLAIN, mixed, e_step=inference.Centres(0.1)),
+    Case(
+        "sparse-mixture-mlp",
+        **bound(priors.SparseMixture(2, SHARED[0]), MLP, VECTORS),
+        posterior=mixed_gains,
+        curved=False,
+        e_step=inference.Mixture(inference.Gains(0.1), hard=True),
+    ),
+    Case(
+        "sparse-mixture-conv-3",
+        **bound(priors.SparseMixture(2, SHARED[1]), CONV, IMAGES),
+        posterior=mixed_gains,
+        e_step=inference.Mixture(inference.Gains(0.1), hard=True),
+    ),
     Case("feddyn-2", priors.FedDyn(2.0), PLAIN, tilted, e_step=inference.Tilted(0.1)),
 ]
 

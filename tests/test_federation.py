@@ -28,6 +28,8 @@ ALGORITHMS = [
     fp.feddropout(0.1),
     fp.fedsparse(0.1, density=0.3),
     replace(fp.fedsparse(0.1, lambda_0=0.3, gate_lr=0.4), name="fedsparse-gated"),
+    fp.fedsparsemixture(0.1, density=0.5),
+    fp.pfedvem(0.1),
     fp.fedper(0.1),
     replace(fp.topk(0.1, 0.2), prior=fp.fedper(0.1).prior, name="fedper-topk"),
 ]

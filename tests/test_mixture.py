@@ -14,10 +14,12 @@ from torch import Tensor, nn
 
 import fedprior as fp
 import quadratics
-from cases import PLAIN, Case, classification_clients, close, mixed, total
-from fedprior import Client, Examples, inference, priors, tree
+from cases import PLAIN, Case, classification_clients, close, equal, mixed, total
+from fedprior import Client, Examples, inference, priors
 from fedprior.inference import mixture
 from fedprior.objective import Objective
+from fedprior.priors import components
+from fedprior.priors.parts import part_etas
 from fedprior.rng import generator
 from quadratics import SIZE, best
 
@@ -54,7 +56,7 @@ def start(algorithm: fp.Algorithm) -> tuple[Objective, Any, Any]:
 
 def weights(eta: Any) -> Tensor:
     """(K, d)."""
-    return eta.mean["weight"][:, 0]
+    return torch.stack([part.mean["weight"][0] for part in part_etas(eta)])
 
 
 def test_responsibilities_are_marginals_of_all_assignments() -> None:
@@ -84,7 +86,7 @@ def test_a_hard_client_has_the_cluster_that_fits_best() -> None:
         fits = [float(nats(weights(eta)[k : k + 1], client).sum()) for k in range(3)]
         one = [float(k == fits.index(max(fits))) for k in range(3)]
         assert own is None and q.pi["pi"].tolist() == one
-        moved = [not torch.equal(a, b) for a, b in zip(q.phi["weight"], eta.mean["weight"], strict=True)]
+        moved = [not equal(a.phi, b) for a, b in zip(q.parts, prior.points(eta), strict=True)]
         assert moved == [bool(v) for v in one]
 
 
@@ -122,8 +124,8 @@ def test_one_full_batch_step_a_round_is_gradient_em_on_the_pooled_data(make: Cal
 def test_one_component_is_fedavg_and_with_a_precision_fedprox() -> None:
     for precision, plain in ((0.0, fp.fedavg(0.1, 2, 4)), (5.0, fp.fedprox(0.1, 5.0, 2, 4))):
         made = fp.Algorithm(
-            priors.Mixture(1, precision, spread=0.0),
-            inference.Mixture(0.1, 2, 4),
+            priors.Mixture(1, priors.Gaussian(precision), spread=0.0),
+            inference.Mixture(inference.Point(0.1, 2, 4)),
             weighting=plain.weighting,
             name="one",
         )
@@ -191,30 +193,28 @@ def test_components_start_apart_and_buffers_together() -> None:
     model = nn.Sequential(nn.Linear(4, 3), nn.BatchNorm1d(3))
     params = Objective(model).params()
     eta = priors.Mixture(3).bind(model, torch.zeros(1, 4)).init(params)
-    for name, value in eta.mean.items():
-        same = bool((value == params[name]).all())
+    for name, value in part_etas(eta)[1].mean.items():
+        same = torch.equal(value, params[name])
         assert same == (name.startswith("1.running") or not params[name].any()), name
 
 
 def test_a_component_that_nobody_has_keeps_its_place() -> None:
     case = Case("mixture", priors.Mixture(), PLAIN, mixed)
     stats, eta = total(case.clients()), case.eta()
-    empty = {
-        k: {n: v * torch.tensor([1.0, 0.0, 1.0]).view(-1, *[1] * (v.ndim - 1)) for n, v in t.items()}
-        for k, t in stats.terms.items()
-    }
+    on = {"part1_phi": 0.0, "pi": torch.tensor([1.0, 0.0, 1.0], dtype=torch.float64)}
+    empty = {term: {n: v * on.get(term, 1.0) for n, v in params.items()} for term, params in stats.terms.items()}
     new = case.prior.m_step(eta, replace(stats, terms=empty))
-    for name, w in eta.mean.items():
-        assert [torch.equal(a, b) for a, b in zip(new.mean[name], w, strict=True)] == [False, True, False]
+    kept = [equal(a.mean, b.mean) for a, b in zip(part_etas(new), part_etas(eta), strict=True)]
+    assert kept == [False, True, False]
     assert float(new.share["pi"][1]) == pytest.approx(1 / 3 / (stats.clients + 1)) and bool((new.share["pi"] > 0).all())
 
 
 def test_what_does_not_fit_is_refused() -> None:
     with pytest.raises(TypeError, match="Mixture needs a prior with components"):
-        quadratics.run(fp.Algorithm(priors.Gaussian(), inference.Mixture(0.1)), CLIENTS, 1)
+        quadratics.run(fp.Algorithm(priors.Gaussian(), inference.Mixture(inference.Point(0.1))), CLIENTS, 1)
     with pytest.raises(TypeError, match=r"needs responsibilities, and Point has none: use inference\.Mixture"):
         quadratics.run(fp.Algorithm(priors.Mixture(), inference.Point(0.1)), CLIENTS, 1)
-    wrongs: list[dict[str, Any]] = [{"components": 0}, {"precision": -1.0}, {"spread": math.inf}]
+    wrongs: list[dict[str, Any]] = [{"components": 0}, {"spread": -1.0}, {"spread": math.inf}]
     for wrong in wrongs:
         with pytest.raises(ValueError, match="need components >= 1"):
             priors.Mixture(**wrong)
@@ -237,10 +237,20 @@ MISTAKES: dict[str, tuple[Any, str, Callable[[Any], Any]]] = {
         "_train",
         lambda f: lambda s, o, p, w, c, r, g: f(s, o, p, w, c, torch.ones_like(r), g),
     ),
+    "an average over all clients": (
+        components,
+        "each",
+        lambda f: lambda eta, t: ((part, replace(own, clients=t.clients)) for part, own in f(eta, t)),
+    ),
+    "one client too many in the shares": (
+        components,
+        "share_m_step",
+        lambda f: lambda pi, clients: f(pi, clients + 1),
+    ),
     "a mean over clients": (
         priors.Mixture,
         "stats",
-        lambda f: lambda s, q: replace(f(s, q), terms={**f(s, q).terms, "phi": tree.map(lambda v: v / 2, q.phi)}),
+        lambda f: lambda s, q: replace(f(s, q), terms={**f(s, q).terms, "part0_phi": q.parts[0].phi}),
     ),
 }
 

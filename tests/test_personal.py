@@ -38,7 +38,14 @@ SPLIT = [
     (fp.local(0.1), tuple(params_of(MODEL))),
 ]
 split = pytest.mark.parametrize(("algorithm", "own"), SPLIT, ids=lambda v: getattr(v, "name", ""))
-ALL = [*(algorithm for algorithm, _ in SPLIT), fp.pfedme(0.1), fp.ditto(0.1), fp.pfedbred(0.1), fp.fedppd(0.1)]
+ALL = [
+    *(algorithm for algorithm, _ in SPLIT),
+    fp.pfedme(0.1),
+    fp.ditto(0.1),
+    fp.pfedbred(0.1),
+    fp.fedppd(0.1),
+    fp.pfedvem(0.1),
+]
 WIRED = [
     replace(fp.fedper(0.1), codec=Sparse("int8", "zlib"), downlink=Dense(), delta=True, name="fedper-int8"),
     replace(fp.topk(0.1, 0.2), prior=SPLIT[0][0].prior, name="fedper-topk"),

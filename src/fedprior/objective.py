@@ -264,6 +264,12 @@ class Objective:
             self._smaller = cut, smaller
         return self._smaller[1]
 
+    def with_loss(self, loss: Loss) -> Objective:
+        """The same model, and another log-likelihood of its outputs."""
+        other = copy.copy(self)
+        other.loss, other._smaller = loss, None
+        return other
+
     def module(self, phi: Params) -> nn.Module:
         """A copy of the model with the parameters `phi`, in evaluation mode."""
         model = copy.deepcopy(self.model).eval()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -169,6 +170,29 @@ class Scaled:
 
 
 @dataclass(frozen=True)
+class Confident:
+    """N(phi, var) in some parameters and a point in the others, and how sure the client is of its prior.
+
+    Attributes:
+        phi: the means, shapes as the parameters.
+        var: of the parameters that are uncertain, > 0.
+        confidence: {"c": scalar}, 1 / rho^2 in units of the prior's (priors.Confidence).
+    """
+
+    phi: Params
+    var: Params
+    confidence: Params
+
+    def mean(self) -> Params:
+        """E[phi]."""
+        return self.phi
+
+    def second_moment(self) -> Params:
+        """E[phi^2], elementwise."""
+        return {k: m**2 + self.var[k] if k in self.var else m**2 for k, m in self.phi.items()}
+
+
+@dataclass(frozen=True)
 class Site:
     """The change of a client's Gaussian factor, in natural parameters.
 
@@ -186,11 +210,11 @@ class Mixed:
     """A few models, and how much of the client comes from each.
 
     Attributes:
-        phi: the models, stacked: (K, ...) for a parameter's (...).
+        parts: K posteriors, one a model.
         pi: {"pi": (K,)}, >= 0, with sum 1.
     """
 
-    phi: Params
+    parts: tuple[Any, ...]
     pi: Params
 
 

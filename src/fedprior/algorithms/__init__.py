@@ -20,16 +20,16 @@ from fedprior.algorithms.bayesian import (
     scaffold,
 )
 from fedprior.algorithms.distilled import apqn, decoupled, fedppd, kure, mqat, pfedbred
-from fedprior.algorithms.mixtures import fedem, fedhbmixture, ifca
-from fedprior.algorithms.personal import ditto, fedbn, fedper, fedrep, local, pfedbayes, pfedme
+from fedprior.algorithms.mixtures import fedem, fedhbmixture, fedsparsemixture, ifca
+from fedprior.algorithms.personal import ditto, fedbn, fedper, fedrep, local, pfedbayes, pfedme, pfedvem
 from fedprior.algorithms.smaller import feddropout, fedsparse, grouplasso, topk
 
 _AVERAGING = (fedavg, fedprox, fedavgm, fedadagrad, fedadam, fedyogi)
 _SMALLER = (fedsparse, feddropout, grouplasso, topk)
 _BAYESIAN = (scaffold, feddyn, fola, fedhb, learnedscale, laplace, horseshoe, fedpa, pvi, fedep, fedsep)
-_PERSONAL = (local, fedper, fedrep, fedbn, pfedme, ditto, pfedbayes)
+_PERSONAL = (local, fedper, fedrep, fedbn, pfedme, ditto, pfedbayes, pfedvem)
 _DISTILLED = (pfedbred, fedppd, kure, apqn, mqat, decoupled)
-_MIXTURES = (fedem, ifca, fedhbmixture)
+_MIXTURES = (fedem, ifca, fedhbmixture, fedsparsemixture)
 ALGORITHMS: Mapping[str, Callable[..., Algorithm]] = {
     f.__name__: f for f in _AVERAGING + _SMALLER + _PERSONAL + _BAYESIAN + _DISTILLED + _MIXTURES
 }
@@ -57,6 +57,7 @@ __all__ = [
     "fedrep",
     "fedsep",
     "fedsparse",
+    "fedsparsemixture",
     "fedyogi",
     "fola",
     "grouplasso",
@@ -70,6 +71,7 @@ __all__ = [
     "pfedbayes",
     "pfedbred",
     "pfedme",
+    "pfedvem",
     "pvi",
     "scaffold",
     "topk",

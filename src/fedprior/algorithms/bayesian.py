@@ -47,13 +47,15 @@ def fedhb(
     clients: float | None = None,
     epochs: int = 1,
     batch_size: int | None = 20,
+    kappa: float = 0.01,
 ) -> Algorithm:
     """Kim & Hospedales 2023, arXiv:2305.04979: a Gaussian whose mean and variance have a normal-inverse-Wishart prior.
 
     `clients` is how many there are, if not all take part in every round. One vote a client: they are the observations.
+    The hyper-prior is worth `kappa` clients at 0; the paper's 1 shrinks the model of a few clients every round.
     """
     e_step = inference.Point(lr, epochs, batch_size)
-    return Algorithm(priors.NIW(scale, clients=clients), e_step, name="fedhb")
+    return Algorithm(priors.NIW(scale, kappa, clients=clients), e_step, name="fedhb")
 
 
 def learnedscale(

@@ -115,6 +115,24 @@ def pfedbayes(
     return Algorithm(priors.LearnedScale(floor), e_step, weighting=weighting, name="pfedbayes")
 
 
+def pfedvem(
+    lr: float = 0.05,
+    rho: float = 0.3,
+    head: str = "@head",
+    epochs: int = 1,
+    batch_size: int | None = 20,
+    head_epochs: int = 5,
+    weighting: Weighting = "examples",
+) -> Algorithm:
+    """Zhu et al. 2023, arXiv:2305.12557: a Gaussian over each client's head; the sure ones count for more.
+
+    `rho` is the width that a client begins with; `head` a glob, or "@head" for the last layer; `epochs` are those of
+    the rest (priors.Confidence, inference.Confidence).
+    """
+    e_step = inference.Confidence(lr, epochs, batch_size, head_epochs)
+    return Algorithm(priors.Confidence(rho, head), e_step, weighting=weighting, name="pfedvem")
+
+
 def _split(personal: str) -> priors.Split:
     """What stays with the clients, and FedAvg for the rest."""
     own = {pattern.strip(): priors.Personal() for pattern in personal.split(",")}

@@ -4,6 +4,7 @@ from fedprior.inference.alternating import Alternating
 from fedprior.inference.averaged import Averaged
 from fedprior.inference.bregman import Bregman
 from fedprior.inference.centres import Centres
+from fedprior.inference.confidence import Confidence
 from fedprior.inference.ditto import Ditto
 from fedprior.inference.gains import Gains
 from fedprior.inference.gated import Gated
@@ -23,6 +24,7 @@ __all__ = [
     "Averaged",
     "Bregman",
     "Centres",
+    "Confidence",
     "Ditto",
     "Gains",
     "Gated",

@@ -25,7 +25,6 @@ from fedprior.inference.mixture import log_likelihoods
 from fedprior.inference.point import Point
 from fedprior.objective import Objective
 from fedprior.priors.gaussian import Gaussian
-from fedprior.priors.mixture import component
 
 
 @dataclass(frozen=True)
@@ -39,15 +38,15 @@ class Centres(Epochs):
                 f"inference.Centres needs a prior with centres, and {type(prior).__name__} has none. "
                 "Use the prior Centres(components=...), or inference.Point(lr=...)."
             )
-        return posteriors.Mixed(eta.mean, eta.share)
+        return posteriors.Mixed(tuple(posteriors.Point(r) for r in prior.points(eta)), eta.share)
 
     def e_step(
         self, objective: Objective, prior: Any, eta: Eta, client: Client, state: Params | None, rng: torch.Generator
     ) -> tuple[posteriors.Mixed, Params | None]:
         """The client's model, as often as there are centres, and c; no personal state."""
         phi = self._train(objective, prior, eta, client, rng)
-        c = scores(objective, prior.precision, eta.mean, phi).softmax(0)
-        return posteriors.Mixed({k: v.expand(len(c), *v.shape) for k, v in phi.items()}, {"pi": c}), state
+        c = scores(objective, prior.prior.precision, prior.points(eta), phi).softmax(0)
+        return posteriors.Mixed((posteriors.Point(phi),) * len(c), {"pi": c}), state
 
     def personal(
         self, objective: Objective, prior: Any, eta: Eta, client: Client, state: Params | None, rng: torch.Generator
@@ -56,17 +55,18 @@ class Centres(Epochs):
         return posteriors.Predictive.point(self._train(objective, prior, eta, client, rng))
 
     def _train(self, objective: Objective, prior: Any, eta: Eta, client: Client, rng: torch.Generator) -> Params:
-        best = int(log_likelihoods(objective, eta, client.train).sum(0).argmax())
+        centres = prior.points(eta)
+        best = int(log_likelihoods(objective, centres, client.train).sum(0).argmax())
 
         def penalty(objective: Objective, phi: Params) -> Tensor:
-            return -scores(objective, prior.precision, eta.mean, phi).logsumexp(0)
+            return -scores(objective, prior.prior.precision, centres, phi).logsumexp(0)
 
         flat = Gaussian()
         point = Point(self.lr, self.epochs, self.batch_size, penalty=penalty)
-        return point.train(objective, flat, flat.init(component(eta.mean, best)), client, rng)
+        return point.train(objective, flat, flat.init(centres[best]), client, rng)
 
 
-def scores(objective: Objective, precision: float, centres: Params, phi: Params) -> Tensor:
+def scores(objective: Objective, precision: float, centres: list[Params], phi: Params) -> Tensor:
     """-(precision/2) |phi - r_k|^2 of trained parameters, (K,)."""
-    squares = [(phi[k] - centres[k]).square().flatten(1).sum(1) for k in objective.trainable]
-    return -0.5 * precision * torch.stack(squares).sum(0)
+    squares = [torch.stack([(phi[k] - r[k]).square().sum() for k in objective.trainable]).sum() for r in centres]
+    return -0.5 * precision * torch.stack(squares)

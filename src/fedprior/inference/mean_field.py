@@ -17,6 +17,7 @@ Zhang et al. 2022, arXiv:2206.07977 (pFedBayes), eq. 5; Blundell et al. 2015, ar
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -65,19 +66,12 @@ class MeanField(Epochs):
                 posteriors.Gaussian({k: state[f"m/{k}"] for k in first}, before.precision),
                 {k: state[f"wide/{k}"] for k in first},
             )
-        (m, trained), (wide, widths) = leaves(objective, before.phi), leaves(objective, first)
 
-        def bound(x: Tensor, y: Tensor) -> Tensor:
+        def term(m: Params, wide: Params) -> Tensor:
             q = posteriors.Gaussian(m, tree.map(lambda w: (-2 * w).exp(), wide))
-            minus_kl = prior.log_prob(eta, prior.stats(q)) + torch.stack([w.sum() for w in widths]).sum()
-            phi = m | draw(m, wide, objective.trainable, rng)
-            return objective.log_lik(phi, x, y) + self.zeta / len(client.train) * minus_kl
+            return self.zeta / len(client.train) * (prior.log_prob(eta, prior.stats(q)) + tree.total(wide))
 
-        objective.train()
-        optimizers = [Descent([*trained, *widths], self.lr)]
-        smallest = objective.smallest_batch
-        ascend(bound, client.train, optimizers, self.epochs, self.batch_size, rng, smallest=smallest)
-        m, wide = detached(m), detached(wide)
+        m, wide = climb(self, objective, before.phi, first, term, client, rng)
         q = posteriors.Gaussian(m, tree.map(lambda w: (-2 * w).exp(), wide))
         return q, {f"m/{k}": v for k, v in m.items()} | {f"wide/{k}": v for k, v in wide.items()}
 
@@ -87,11 +81,51 @@ class MeanField(Epochs):
         """Draws of q, trained once more towards this eta."""
         q, _ = self.e_step(objective, prior, eta, client, state, rng)
         wide = tree.map(lambda p: -0.5 * p.log(), q.precision)
-        models = [q.phi | draw(q.phi, wide, objective.trainable, rng) for _ in range(self.draws)]
-        return posteriors.Predictive.equal(models)
+        return mixed_draws(q.phi, {k: wide[k] for k in objective.trainable}, self.draws, rng)
 
 
-def draw(m: Params, wide: Params, names: tuple[str, ...], rng: torch.Generator) -> Params:
+def climb(
+    how: Epochs,
+    objective: Objective,
+    m: Params,
+    wide: Params,
+    term: Callable[[Params, Params], Tensor],
+    client: Client,
+    rng: torch.Generator,
+    names: Collection[str] | None = None,
+) -> tuple[Params, Params]:
+    """m and wide after SGD in both, of the parameters `names`, or all.
+
+    Args:
+        how: rate, epochs and batches.
+        objective: the model and its loss.
+        m: the means, and values of what has no width.
+        wide: log s of those that have one.
+        term: (m, wide) -> minus the divergence, in nats per example.
+        client: whose examples.
+        rng: of batches and draws.
+        names: what is trained; the rest is held, and drawn if it has a width.
+    """
+    m, trained = leaves(objective, m, names)
+    wide = {k: w.detach().clone().requires_grad_(m[k].requires_grad) for k, w in wide.items()}
+    widths = [w for w in wide.values() if w.requires_grad]
+    drawn = [k for k in objective.trainable if k in wide]
+
+    def bound(x: Tensor, y: Tensor) -> Tensor:
+        return objective.log_lik(m | draw(m, wide, drawn, rng), x, y) + term(m, wide)
+
+    objective.train()
+    optimizers, smallest = [Descent([*trained, *widths], how.lr)], objective.smallest_batch
+    ascend(bound, client.train, optimizers, how.epochs, how.batch_size, rng, smallest=smallest)
+    return detached(m), detached(wide)
+
+
+def mixed_draws(m: Params, wide: Params, draws: int, rng: torch.Generator) -> posteriors.Predictive:
+    """Equal weights for draws of N(m, exp(wide)^2); what has no width stays at m."""
+    return posteriors.Predictive.equal([m | draw(m, wide, wide, rng) for _ in range(draws)])
+
+
+def draw(m: Params, wide: Params, names: Iterable[str], rng: torch.Generator) -> Params:
     """m + exp(wide) e of the parameters `names`."""
     noise = {k: torch.randn(m[k].shape, generator=rng, dtype=m[k].dtype).to(m[k].device) for k in names}
     return {k: m[k] + wide[k].exp() * e for k, e in noise.items()}

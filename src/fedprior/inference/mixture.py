@@ -1,11 +1,11 @@
-r"""E-steps of a mixture: which of K models a client's examples, or the whole client, come from; then SGD on each.
+r"""E-steps of a mixture: which of K models a client's examples, or the whole client, come from; then one on each.
 
     soft (FedEM)   r_ik = pi_k p(y_i | f(x_i; w_k)) / sum_j pi_j p(y_i | f(x_i; w_j))
                    with the client's last pi; the server's shares, for a new client
     hard (IFCA)    r_ik = 1 for the k with the largest sum_i log p(y_i | f(x_i; w_k)), 0 for the others
     pi_k = (1/N_s) sum_i r_ik
-    phi_k by SGD from w_k on
-        (1/N_s) sum_i (r_ik / pi_k) log p(y_i | f(x_i; phi_k)) - (precision / 2 N_s) |phi_k - w_k|^2
+    phi_k by an E-step from w_k (Point, say) on
+        (1/N_s) sum_i (r_ik / pi_k) log p(y_i | f(x_i; phi_k)) + (1/N_s) log p(phi_k | eta_k)
 
 pi is the personal state of a soft client, and a hard one keeps nothing. A component with pi_k = 0 is not trained.
 With one full-batch step, and clients that count by examples, w_k moves by lr times the gradient of the mean of all
@@ -18,7 +18,6 @@ Marfoq et al. 2021, arXiv:2108.10252, Algorithm 1; Ghosh et al. 2020, arXiv:2006
 
 from __future__ import annotations
 
-import copy
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,62 +25,60 @@ import torch
 from torch import Tensor
 
 from fedprior import posteriors
-from fedprior.core import Client, Eta, Examples, Params
-from fedprior.inference.ascent import Epochs
-from fedprior.inference.point import Point
+from fedprior.core import Client, Eta, Examples, Inference, Params
 from fedprior.objective import Loss, Objective
-from fedprior.priors.gaussian import Gaussian
-from fedprior.priors.mixture import component
+from fedprior.priors.parts import part_etas
 
 _PASSES = 100  # EM for pi alone is concave, and costs no pass over the data
 _CHUNK = 1000
 
 
 @dataclass(frozen=True)
-class Mixture(Epochs):
-    """Responsibilities at the server's components, then SGD on each that has any.
+class Mixture:
+    """Responsibilities at the server's components, then an E-step of each that has any.
 
     Attributes:
-        epochs: for each component.
+        each: the E-step of a component, which keeps no state.
         hard: a client has one component, not a share in each.
     """
 
+    each: Inference
     hard: bool = False
 
     def start(self, prior: Any, eta: Eta) -> posteriors.Mixed:
         """The server's components and shares."""
-        if not hasattr(eta, "share"):
+        if not hasattr(prior, "points"):
             raise TypeError(
                 f"inference.Mixture needs a prior with components, and {type(prior).__name__} has one. "
                 "Use the prior Mixture(components=...), or inference.Point(lr=...)."
             )
-        return posteriors.Mixed(eta.mean, eta.share)
+        return posteriors.Mixed(tuple(self.each.start(prior.prior, part) for part in part_etas(eta)), eta.share)
 
     def e_step(
         self, objective: Objective, prior: Any, eta: Eta, client: Client, state: Params | None, rng: torch.Generator
     ) -> tuple[posteriors.Mixed, Params | None]:
         """The client's components and pi."""
-        scores = log_likelihoods(objective, eta, client.train)
+        scores = log_likelihoods(objective, prior.points(eta), client.train)
         r = self._responsibilities(scores, _pi(eta, state))
         pi = r.mean(0)
-        models = [
-            self._train(objective, prior, component(eta.mean, k), client, r[:, k] / pi[k], rng)
+        parts = [
+            self._train(objective, prior.prior, part, client, r[:, k] / pi[k], rng)
             if pi[k] > 0
-            else component(eta.mean, k)
-            for k in range(len(pi))
+            else self.each.start(prior.prior, part)
+            for k, part in enumerate(part_etas(eta))
         ]
-        phi = {name: torch.stack([model[name] for model in models]) for name in eta.mean}
-        return posteriors.Mixed(phi, {"pi": pi}), state if self.hard else {"pi": pi}
+        return posteriors.Mixed(tuple(parts), {"pi": pi}), state if self.hard else {"pi": pi}
 
     def personal(
         self, objective: Objective, prior: Any, eta: Eta, client: Client, state: Params | None, rng: torch.Generator
     ) -> posteriors.Predictive:
         """The server's components that the client has a part in."""
-        scores, pi = log_likelihoods(objective, eta, client.train), _pi(eta, state)
+        models, pi = prior.points(eta), _pi(eta, state)
+        scores = log_likelihoods(objective, models, client.train)
         for _ in range(1 if self.hard else _PASSES):
             pi = self._responsibilities(scores, pi).mean(0)
         own = [k for k in range(len(pi)) if pi[k] > 0]
-        return posteriors.Predictive(tuple(pi[own].tolist()), tuple(component(eta.mean, k) for k in own))
+        return posteriors.Predictive(tuple(pi[own].tolist()), tuple(models[k] for k in own))
 
     def _responsibilities(self, scores: Tensor, pi: Tensor) -> Tensor:
         """r, (N_s, K), from log-likelihoods (N_s, K)."""
@@ -92,23 +89,22 @@ class Mixture(Epochs):
         return (scores + pi.log()).softmax(1)
 
     def _train(
-        self, objective: Objective, prior: Any, w: Params, client: Client, weights: Tensor, rng: torch.Generator
-    ) -> Params:
-        """SGD from w on weighted examples: their rows stand in for their targets."""
+        self, objective: Objective, prior: Any, eta: Eta, client: Client, weights: Tensor, rng: torch.Generator
+    ) -> Any:
+        """The E-step on weighted examples: their rows stand in for their targets. Of a hard client, as they are."""
+        if self.hard:
+            return self.each.e_step(objective, prior, eta, client, None, rng)[0]
 
         def log_lik(outputs: Tensor, rows: Tensor) -> Tensor:
             return weights[rows] * objective.loss.log_lik(outputs, client.train.y[rows])
 
-        weighted = copy.copy(objective)
-        weighted.loss = Loss(log_lik)
         rows = torch.arange(len(client.train), device=client.train.y.device)
         own = Client(client.index, client.name, Examples(client.train.x, rows))
-        scatter = Gaussian(prior.precision)
-        return Point(self.lr, self.epochs, self.batch_size).train(weighted, scatter, scatter.init(w), own, rng)
+        return self.each.e_step(objective.with_loss(Loss(log_lik)), prior, eta, own, None, rng)[0]
 
 
 @torch.no_grad()
-def log_likelihoods(objective: Objective, eta: Eta, data: Examples) -> Tensor:
+def log_likelihoods(objective: Objective, models: list[Params], data: Examples) -> Tensor:
     """log p(y_i | f(x_i; w_k)), (N_s, K), in evaluation mode."""
     objective.train(False)
 
@@ -116,7 +112,7 @@ def log_likelihoods(objective: Objective, eta: Eta, data: Examples) -> Tensor:
         batches = zip(data.x.split(_CHUNK), data.y.split(_CHUNK), strict=True)
         return torch.cat([objective.loss.log_lik(objective.outputs(phi, x), y) for x, y in batches])
 
-    return torch.stack([of(component(eta.mean, k)) for k in range(len(eta.share["pi"]))], 1)
+    return torch.stack([of(phi) for phi in models], 1)
 
 
 def _pi(eta: Eta, state: Params | None) -> Tensor:

@@ -1,6 +1,7 @@
 """Priors p(phi_s | eta), one file each."""
 
 from fedprior.priors.centres import Centres
+from fedprior.priors.confidence import Confidence
 from fedprior.priors.custom import Custom
 from fedprior.priors.distilled import Distilled
 from fedprior.priors.dropout import Dropout
@@ -16,12 +17,14 @@ from fedprior.priors.scaffold import Scaffold
 from fedprior.priors.scale_mixture import ScaleMixture
 from fedprior.priors.shared_gates import SharedGates
 from fedprior.priors.sites import Sites
+from fedprior.priors.sparse_mixture import SparseMixture
 from fedprior.priors.spike_slab import SpikeSlab
 from fedprior.priors.split import Split
 
 __all__ = [
     "NIW",
     "Centres",
+    "Confidence",
     "Custom",
     "Distilled",
     "Dropout",
@@ -36,6 +39,7 @@ __all__ = [
     "ScaleMixture",
     "SharedGates",
     "Sites",
+    "SparseMixture",
     "SpikeSlab",
     "Split",
 ]

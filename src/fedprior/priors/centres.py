@@ -13,7 +13,7 @@ its r_k, where the line above says 0: a network of zeros cannot learn. The share
 are 1/K; they say which centre `point` takes, and how `predictive` weighs them.
 
     paper      code                shape                                 paper   code              shape
-    r          eta.mean            (K, ...) for a parameter's (...)      c       t["pi"]["pi"]     (K,)
+    r_k        eta.part{k}_mean    as the parameters                     c       t["pi"]["pi"]     (K,)
     sigma^2    1 / precision       scalar
 
 Kim, Hospedales 2023, arXiv:2305.04979 (mixture; ridge = 1): derived here from the model, without the paper's code
@@ -23,14 +23,16 @@ Kim, Hospedales 2023, arXiv:2305.04979 (mixture; ridge = 1): derived here from t
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
-from fedprior import tree
-from fedprior.core import Stats
-from fedprior.priors.mixture import Mixture, along
+from fedprior.core import Eta, Stats
+from fedprior.priors.components import seen
+from fedprior.priors.gaussian import Gaussian
+from fedprior.priors.mixture import Mixture
+from fedprior.priors.parts import join_etas, part_etas
 
 
 @dataclass(frozen=True)
@@ -39,38 +41,41 @@ class Centres(Mixture):
 
     Attributes:
         components: K, >= 1.
-        precision: per parameter and per client's data set; > 0.
+        prior: of a client around its centre, with a precision > 0.
         ridge: precision of the centres around 0, per parameter; >= 0.
         clients: how many there are, if not all take part in every round: sums are scaled up to them; None for those
             that took part.
     """
 
     components: int = 2
-    precision: float = 10.0
+    prior: Gaussian = field(default_factory=lambda: Gaussian(10.0))
     ridge: float = 1.0
     clients: float | None = None
-    exact = ("share",)
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not (self.precision > 0 and 0 <= self.ridge < math.inf and 0 < (self.clients or 1) < math.inf):
+        if not (self.prior.precision > 0 and 0 <= self.ridge < math.inf and 0 < (self.clients or 1) < math.inf):
             raise ValueError(f"need precision > 0, a finite ridge >= 0 and clients > 0 (or None), got {self}")
 
-    def log_prob(self, eta: Mixture.Eta, t: Stats) -> Tensor:
+    def log_prob(self, eta: Eta, t: Stats) -> Tensor:
         """Of the centres; equal shares are a constant."""
-        return torch.as_tensor(self.scatter(eta, t))
+        return self.scatter(eta, t)
 
-    def log_hyper(self, eta: Mixture.Eta, before: Mixture.Eta) -> Tensor:
+    def log_hyper(self, eta: Eta, before: Eta) -> Tensor:
         """Of the centres around 0."""
-        return -0.5 * self.ridge * tree.total({k: w.square() for k, w in eta.mean.items() if self._shrinks(k)})
+        shrunk = [w.square().sum() for r in self.points(eta) for k, w in r.items() if self._shrinks(k)]
+        return -0.5 * self.ridge * torch.stack(shrunk).sum()
 
-    def m_step(self, eta: Mixture.Eta, t: Stats) -> Mixture.Eta:
+    def m_step(self, eta: Eta, t: Stats) -> Eta:
         """Shrunk means by responsibility."""
         t = t if self.clients is None else t.weighted(self.clients / t.clients)
-        pi, mean = t["pi"]["pi"], super().m_step(eta, t).mean
-        left = torch.where(self.seen(t), pi / (pi + self.ridge / self.precision), torch.ones_like(pi))
-        shrunk = {k: along(left, w) * w if self._shrinks(k) else w for k, w in mean.items()}
-        return self.Eta(shrunk, {"pi": pi / t.clients})
+        pi, means = t["pi"]["pi"], part_etas(super().m_step(eta, t))
+
+        def shrunk(mean: Gaussian.Eta, c: float) -> Gaussian.Eta:
+            left = c / (c + self.ridge / self.prior.precision) if seen(c, t) else 1.0
+            return Gaussian.Eta({k: left * w if self._shrinks(k) else w for k, w in mean.mean.items()})
+
+        return join_etas([shrunk(*one) for one in zip(means, pi.tolist(), strict=True)], share={"pi": pi / t.clients})
 
     def _shrinks(self, name: str) -> bool:
         return self.names is None or name in self.names

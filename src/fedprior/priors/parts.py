@@ -1,4 +1,4 @@
-"""What Split is made of: names by pattern, posteriors of some names, and several etas and statistics as one."""
+"""What Split and Mixture are made of: names by pattern, posteriors of some names, etas and statistics side by side."""
 
 from __future__ import annotations
 
@@ -44,6 +44,12 @@ def assigned(patterns: tuple[tuple[str, ...], ...], names: tuple[str, ...]) -> t
     return tuple(map(tuple, parts))
 
 
+def check_place(prior: Any, methods: Iterable[str], place: str) -> None:
+    """A TypeError for a prior with methods for which there is no place."""
+    if unfit := [method for method in methods if hasattr(prior, method)]:
+        raise TypeError(f"{type(prior).__name__} needs a whole model ({', '.join(unfit)}), not {place}")
+
+
 def take(params: Mapping[str, Any], names: Iterable[str]) -> Params:
     """Those of `names` that there are."""
     return {name: params[name] for name in names if name in params}
@@ -85,16 +91,21 @@ class Moments:
         )
 
 
-def join_etas(etas: Sequence[Eta]) -> Eta:
-    """One NamedTuple: part{i}_FIELD."""
-    joint: Any = _joint(tuple(type(eta) for eta in etas))
-    return joint(*(value for eta in etas for value in eta))
+def join_etas(etas: Sequence[Eta], **more: Params) -> Eta:
+    """One NamedTuple: part{i}_FIELD, and fields of its own."""
+    joint: Any = _joint(tuple(type(eta) for eta in etas), tuple(more))
+    return joint(*(value for eta in etas for value in eta), *more.values())
 
 
 @lru_cache(maxsize=64)
-def _joint(types: tuple[Any, ...]) -> type:
-    fields = [f"part{i}_{field}" for i, kind in enumerate(types) for field in kind._fields]
+def _joint(types: tuple[Any, ...], more: tuple[str, ...]) -> type:
+    fields = [*names_of_parts([kind._fields for kind in types]), *more]
     return type("Eta", (namedtuple("Eta", fields),), {"__slots__": (), "types": types})
+
+
+def names_of_parts(names: Sequence[Iterable[str]]) -> tuple[str, ...]:
+    """part{i}_NAME for each of the names of each part."""
+    return tuple(f"part{i}_{name}" for i, own in enumerate(names) for name in own)
 
 
 def part_etas(eta: Eta) -> list[Eta]:

@@ -68,8 +68,8 @@ class SharedGates:
     memory: float = 0.5
     activations: float = 0.1
     hold: int | None = None
-    groups: tuple[Group, ...] = ()
-    counted: tuple[str, ...] = ()
+    groups: tuple[Group, ...] = field(default=(), repr=False)
+    counted: tuple[str, ...] = field(default=(), repr=False)
     made: Params | None = field(default=None, compare=False, repr=False)
     uplink = ("phi", "gain")
     exact = ("keep", "gain", "price", "round")

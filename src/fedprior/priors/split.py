@@ -27,7 +27,19 @@ from torch import Tensor, nn
 
 from fedprior.core import Eta, Params, Stats
 from fedprior.objective import params_of
-from fedprior.priors.parts import Moments, PartOf, assigned, globs, join_etas, join_stats, part_etas, part_stats, take
+from fedprior.priors.parts import (
+    Moments,
+    PartOf,
+    assigned,
+    check_place,
+    globs,
+    join_etas,
+    join_stats,
+    names_of_parts,
+    part_etas,
+    part_stats,
+    take,
+)
 
 _NOT_A_PART = ("cut", "sample", "accept", "reference")
 
@@ -51,13 +63,12 @@ class Split:
     @property
     def uplink(self) -> tuple[str, ...]:
         """The parts'."""
-        return tuple(f"part{i}_{term}" for i, prior in enumerate(self.parts.values()) for term in prior.uplink)
+        return names_of_parts([prior.uplink for prior in self.parts.values()])
 
     @property
     def exact(self) -> tuple[str, ...]:
         """The parts'."""
-        fields = [getattr(prior, "exact", ()) for prior in self.parts.values()]
-        return tuple(f"part{i}_{name}" for i, names in enumerate(fields) for name in names)
+        return names_of_parts([getattr(prior, "exact", ()) for prior in self.parts.values()])
 
     def bind(self, model: nn.Module, x: Tensor) -> Split:
         """The same prior for the names of a model, with its parts bound."""
@@ -70,10 +81,7 @@ class Split:
                     f"Split: no parameter is left for {pattern!r}; the model has {', '.join(params)}. "
                     "Patterns are tried in order, and the first match wins"
                 )
-            if unfit := [method for method in _NOT_A_PART if hasattr(prior, method)]:
-                raise TypeError(
-                    f"{type(prior).__name__} needs a whole model ({', '.join(unfit)}), not a part of a Split"
-                )
+            check_place(prior, _NOT_A_PART, "a part of a Split")
             parts[pattern] = bound = prior.bind(model, x) if hasattr(prior, "bind") else prior
             bound.stats(Moments(take(params, own), type(prior).__name__))
         return replace(self, parts=parts, names=names).recall(params)
