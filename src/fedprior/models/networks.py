@@ -1,4 +1,4 @@
-"""Small models for the examples, the command line and the benchmarks."""
+"""Networks: dense, convolutional, recurrent, attention."""
 
 from __future__ import annotations
 
