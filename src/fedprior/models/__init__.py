@@ -1,5 +1,6 @@
 """Small models for the examples, the command line and the benchmarks; rules and autoencoders in files of their own."""
 
+from fedprior.models.elsa import ELSA, elsa
 from fedprior.models.networks import (
     Attention,
     CharGRU,
@@ -18,6 +19,7 @@ from fedprior.models.networks import (
 from fedprior.models.rules import Rules, Thresholds, rules
 
 __all__ = [
+    "ELSA",
 
     "Attention",
     "CharGRU",
@@ -30,6 +32,7 @@ __all__ = [
     "char_gru",
     "char_transformer",
 
+    "elsa",
     "lenet",
     "mlp",
     "resnet",
