@@ -20,7 +20,6 @@ from fedprior.models.rules import Rules, Thresholds, rules
 
 __all__ = [
     "ELSA",
-
     "Attention",
     "CharGRU",
     "CharTransformer",
@@ -31,7 +30,6 @@ __all__ = [
     "ViT",
     "char_gru",
     "char_transformer",
-
     "elsa",
     "lenet",
     "mlp",

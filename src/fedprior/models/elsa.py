@@ -7,9 +7,9 @@ r"""ELSA: several autoencoders in one network, whose codes are put side by side.
     outputs (n, K, inputs): the reconstructions dec_k(enc_k(h_k));   targets: the inputs (data.autoencoding)
 
 Vilar de Oliveira, Pires Aragao, Garcia Goncalves 2024, "ELSA: Expanded Latent Space Autoencoder for Image Feature
-Extraction and Classification", SciTePress 124553: more than one autoencoder, codes concatenated, and a classifier that is
-trained on the codes afterwards [V, abstract]. Sizes, number of autoencoders and what the second one reads are unknown to
-us [?]; dense layers with ReLU, the sum of the losses, and `chained` are ours. Federation is ours: the paper has none.
+Extraction and Classification", SciTePress 124553. In the paper, by its abstract [V]: more than one autoencoder, codes
+put side by side, and a classifier trained on the codes afterwards. Unknown to us [?]: sizes, how many there are, what
+the second one reads. Ours: dense layers with ReLU, the sum of the losses, `chained`, and the federation.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from fedprior.models.networks import own_randomness, seeded
 
 
 class ELSA(nn.Module):
-    """Autoencoders side by side, or each after the other."""
+    """Autoencoders side by side, or one after the other."""
 
     def __init__(self, inputs: int, hidden: int, code: int, autoencoders: int, chained: bool) -> None:
         super().__init__()
@@ -58,7 +58,7 @@ def elsa(
     hidden: int = 200,
     code: int = 16,
     autoencoders: int = 2,
-    chained: bool = True,
+    chained: bool = False,
     seed: int = 0,
 ) -> ELSA:
     """An ELSA initialised from `seed`; (n, ...) is flattened to (n, inputs). Train it with loss="autoencoder".

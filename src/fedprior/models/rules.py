@@ -65,8 +65,13 @@ class Rules(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Logits (n, classes)."""
-        holds = self.truth(x) @ self.rule.T
-        return torch.logit(holds * self.hit.sigmoid() + (1 - holds) * self.miss.sigmoid())
+        yes, no = self._answers((self.truth(x) @ self.rule.T)[:, :, None])
+        return (yes.log() - no.log()).squeeze(2)
+
+    def log_lik(self, x: Tensor, y: Tensor) -> Tensor:
+        """log p([y = c] | x, z) of every class and body, (n, classes, bodies), in nats."""
+        yes, no = self._answers(self.truth(x)[:, None])
+        return torch.where(F.one_hot(y, len(self.hit)).bool()[:, :, None], yes, no).log()
 
     def truth(self, x: Tensor) -> Tensor:
         """tau, (n, bodies)."""
@@ -74,12 +79,12 @@ class Rules(nn.Module):
         literals = torch.cat([F.logsigmoid(odds), F.logsigmoid(-odds)], 1)
         return literals[:, self.bodies].masked_fill(self._again, 0.0).sum(2).exp()
 
-    def log_lik(self, x: Tensor, y: Tensor) -> Tensor:
-        """log p([y = c] | x, z) of every class and body, (n, classes, bodies), in nats."""
-        holds = self.truth(x)[:, None]
-        yes = holds * self.hit.sigmoid()[:, None] + (1 - holds) * self.miss.sigmoid()[:, None]
-        is_class = F.one_hot(y, len(self.hit)).bool()[:, :, None]
-        return torch.where(is_class, yes, 1 - yes).log()
+    def _answers(self, holds: Tensor) -> tuple[Tensor, Tensor]:
+        """The probabilities of yes and no where a body holds so much; (n, classes or 1, ...)."""
+        hit, miss = self.hit[:, None], self.miss[:, None]
+        fails = (1 - holds).clamp(min=0)  # a sum of probabilities may be 1 and a rounding error
+        yes, no = (holds * (s * hit).sigmoid() + fails * (s * miss).sigmoid() for s in (1, -1))
+        return yes, no
 
     @torch.no_grad()
     def say(self, names: Sequence[str] | None = None, top: int = 1) -> list[str]:

@@ -16,9 +16,10 @@ literal that is found in several clients' rules makes rules likely that no clien
     paper                     code          shape
     rule generator p(z)       eta.theta     {"rule": (classes, literals)}
 
-Xing, Lu, Yu 2024, arXiv:2308.15324 (FedNSL): rules are latent, their distribution is what clients and server exchange,
-the server has a generator and the clients posteriors [R]. Its generator is a transformer, over paths of a knowledge
-graph [R]; its losses are unknown to us [?]. Ours: this generator, a multinomial, with its M-step in closed form.
+Xing, Lu, Yu 2024, arXiv:2308.15324 (FedNSL). In the paper, by its abstract and summaries [V]: rules are latent, their
+distribution is what clients and server exchange, the server's prior is a generator. Recalled [R]: the generator is a
+transformer over paths of a knowledge graph. Unknown to us [?]: its losses and data. Ours: the multinomial, whose M-step
+has a closed form.
 """
 
 from __future__ import annotations
@@ -32,6 +33,8 @@ from torch import Tensor, nn
 
 from fedprior import tree
 from fedprior.core import Params, Stats
+
+_LEAST = 1e-9
 
 
 @dataclass(frozen=True)
@@ -61,8 +64,9 @@ class Rules:
         """The bodies of the model's rules."""
         bodies = getattr(model, "bodies", None)
         if not isinstance(bodies, Tensor):
-            raise TypeError(
-                f"priors.Rules needs a model of rules, and {type(model).__name__} has none: use fedprior.models.rules(...)"
+            raise ValueError(
+                f"priors.Rules needs a model of rules, and {type(model).__name__} has none: "
+                'use fedprior.models.rules(...), in a TOML file [model] name = "rules"'
             )
         return replace(self, bodies=bodies)
 
@@ -106,6 +110,11 @@ class Rules:
         again = (bodies[:, :, None] == bodies[:, None, :]).tril().sum(2)  # 1, 2, ... of a literal that is there again
         orders = math.factorial(bodies.shape[1]) / again.prod(1)
         return {k: orders.to(v) * v[:, bodies.to(v.device)].prod(2) for k, v in eta.theta.items()}
+
+    def project(self, eta: Eta, before: Eta) -> Eta:
+        """Probabilities, whatever noise there was in the sums."""
+        positive = tree.map(lambda v: v.clamp(min=_LEAST), eta.theta)
+        return self.Eta(tree.map(lambda v: v / v.sum(1, keepdim=True), positive))
 
     @property
     def _bodies(self) -> Tensor:
