@@ -50,6 +50,7 @@ class Rules:
     bodies: Tensor | None = field(default=None, repr=False, compare=False)
     uplink = ("literals",)
     exact = ("theta",)
+    needs = 'priors.Rules needs a model of rules: fedprior.models.rules(...), in a TOML file [model] name = "rules"'
 
     class Eta(NamedTuple):
         """How likely each literal is."""
@@ -64,10 +65,7 @@ class Rules:
         """The bodies of the model's rules."""
         bodies = getattr(model, "bodies", None)
         if not isinstance(bodies, Tensor):
-            raise ValueError(
-                f"priors.Rules needs a model of rules, and {type(model).__name__} has none: "
-                'use fedprior.models.rules(...), in a TOML file [model] name = "rules"'
-            )
+            raise ValueError(f"{type(model).__name__} has no bodies. {self.needs}")
         return replace(self, bodies=bodies)
 
     def init(self, params: Params) -> Eta:

@@ -68,7 +68,7 @@ class Split:
             if not own:
                 raise ValueError(
                     f"Split: no parameter is left for {pattern!r}; the model has {', '.join(params)}. "
-                    "Patterns are tried in order, and the first match wins"
+                    f"{getattr(prior, 'needs', 'Patterns are tried in order, and the first match wins')}"
                 )
             if unfit := [method for method in _NOT_A_PART if hasattr(prior, method)]:
                 raise TypeError(
