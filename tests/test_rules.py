@@ -90,7 +90,7 @@ def test_outputs_are_the_log_odds_of_all_rules_together(length: int) -> None:
 
 def test_the_softmax_is_the_law_of_the_answers_if_one_is_yes() -> None:
     made = model(classes=3)
-    logits = made(CLIENTS[0].train.x[:1])[0]
+    logits = made(CLIENTS[0].train.x[:1])[0].detach()
     p = logits.sigmoid()
     answers = {
         a: math.prod(float(v if yes else 1 - v) for v, yes in zip(p, a, strict=True)) for a in product((0, 1), repeat=3)
@@ -101,7 +101,7 @@ def test_the_softmax_is_the_law_of_the_answers_if_one_is_yes() -> None:
 
 def test_log_lik_is_that_of_each_body() -> None:
     made, data = model(), CLIENTS[0].train
-    got = made.log_lik(data.x, data.y)
+    got = made.log_lik(data.x, data.y).detach()
     for i, (row, y) in enumerate(zip(data.x, data.y.tolist(), strict=True)):
         for c, r in product(range(2), range(len(made.bodies))):
             p = yes(made, made.bodies[r], row, c)
@@ -196,7 +196,7 @@ def objective_value(result: fp.Result, made: Any, pull: float, smooth: float) ->
         kept = wire.part(result.store.load(client.index), "kept", "cpu") or {}
         scorer = Objective(made).module({**kept, "rule": made.rule})
         for c, row in enumerate(p):
-            score = scorer.log_lik(client.train.x, client.train.y)[:, c].sum(0)  # type: ignore
+            score = scorer.log_lik(client.train.x, client.train.y).detach()[:, c].sum(0)  # type: ignore
             value += temper * math.log(sum(w * math.exp(float(s) / temper) for w, s in zip(row, score, strict=True)))
     return value + temper * smooth * 2 * float(theta.log().mean(1).sum())
 
