@@ -1,4 +1,4 @@
-"""ELSA: the loss and its gradient by formula, codes by hand, linear codes against the best there are, under three priors."""
+"""ELSA: the loss and its gradient by formula, codes by hand, a plane that is found under three priors."""
 
 from __future__ import annotations
 
@@ -85,7 +85,11 @@ def flat(seed: int = 0, size: int = 40) -> list[Client]:
     return found
 
 
-SETTINGS = {"fedavg": fp.fedavg(0.02), "ditto": fp.ditto(0.02), "fedsparse": fp.fedsparse(0.02, density=0.6)}
+SETTINGS = {
+    "fedavg": fp.fedavg(0.02, 5),
+    "ditto": fp.ditto(0.02, epochs=5),
+    "fedsparse": fp.fedsparse(0.02, density=0.6, epochs=5),
+}
 
 
 @pytest.mark.parametrize("chained", [False, True])
@@ -150,6 +154,10 @@ def test_one_reconstruction_is_regression_on_the_inputs() -> None:
 def test_what_does_not_fit_is_refused() -> None:
     with pytest.raises(ValueError, match=r"an autoencoder's targets are its inputs.*fedprior\.data\.autoencoding"):
         fp.run(fp.fedavg(), fp.models.elsa(6, 4, 2), flat(), rounds=1, loss="autoencoder", progress=False)
+    numbers = Examples(torch.zeros(4, 6), torch.zeros(4, 1))
+    with pytest.raises(ValueError, match=r"reconstruct no targets of torch\.float32 and shape \(2, 1\)"):
+        clients = [Client(0, "numbers", numbers)]
+        fp.run(fp.fedavg(), fp.models.elsa(6, 4, 2), clients, rounds=1, loss="autoencoder", progress=False)
     with pytest.raises(ValueError, match=r"reconstruct no targets of torch\.float32 and shape \(2, 6\)"):
         fp.run(fp.fedavg(), nn.Linear(6, 5), fp.data.autoencoding(flat()), rounds=1, loss="autoencoder", progress=False)
     with pytest.raises(ValueError, match="elsa needs sizes of at least 1"):

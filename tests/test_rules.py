@@ -151,6 +151,18 @@ def test_q_is_the_posterior_over_all_pairs_of_rules(pull: float) -> None:
     assert torch.allclose(q.phi["rule"], torch.stack([joint.sum(1), joint.sum(0)]), rtol=1e-9, atol=0)
 
 
+def test_the_scorer_takes_a_step_of_sgd_on_the_expected_log_likelihood() -> None:
+    """w + lr / N_s grad sum_c E_q[score_c], for one step with all examples; the rule distribution has no gradient."""
+    made, data = model(), CLIENTS[0].train
+    objective, prior, eta = bound(made)
+    q, _ = inference.Rules(0.1, 1, None).e_step(objective, prior, eta, CLIENTS[0], None, generator(0, "e_step"))
+    value = (q.phi["rule"] * made.log_lik(data.x, data.y).sum(0)).sum() / len(data)
+    trained = {k: v for k, v in made.named_parameters() if k != "rule"}
+    steps = torch.autograd.grad(value, list(trained.values()))
+    for (name, w), step in zip(trained.items(), steps, strict=True):
+        assert bool(step.any()) and torch.allclose(q.phi[name], w + 0.1 * step, rtol=1e-9, atol=0), name
+
+
 def test_the_m_step_is_relative_counts_and_only_counts_travel() -> None:
     made = model()
     _, prior, eta = bound(made, smooth=0.5)

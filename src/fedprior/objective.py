@@ -112,8 +112,9 @@ def _gaussian(outputs: Tensor, y: Tensor) -> Tensor:
 
 def _reconstruction_errors(outputs: Tensor, x: Tensor) -> Tensor:
     """|x - reconstruction_k|^2, (n, K), from (n, K, ...) or, for one, (n, ...)."""
-    wanted = x.flatten(1)
-    if not wanted.is_floating_point() or len(outputs) != len(x) or outputs[0].numel() % wanted[0].numel():
+    wanted = x.reshape(len(x), -1)
+    stacked = outputs.ndim == 3 and outputs.shape[2] == wanted.shape[1]
+    if not wanted.is_floating_point() or len(outputs) != len(x) or not (stacked or outputs.numel() == wanted.numel()):
         raise ValueError(
             f"an autoencoder's targets are its inputs: outputs of shape {tuple(outputs.shape)} reconstruct no targets "
             f"of {x.dtype} and shape {tuple(x.shape)}; write clients=fedprior.data.autoencoding(clients)"
