@@ -228,7 +228,7 @@ def test_planted_rules_are_found_and_each_client_has_its_own() -> None:
     for client in population:
         (own,) = result.personal(client).models
         said = Objective(made).module(own).say(["a", "b", "c", "d", "e"])  # type: ignore
-        want = "1 if c " if client.index % 2 else "1 if a and not b "
+        want = "1 if c  (" if client.index % 2 else "1 if a and not b  ("
         assert said[1].startswith(want), said
         assert float(said[1].split("(")[1][:-1]) > 0.5
     rows = result.personalised(population)
@@ -274,7 +274,9 @@ def test_thresholds_may_differ_and_texts_name_them() -> None:
 
 def test_noise_in_the_sums_leaves_probabilities() -> None:
     _, prior, eta = bound(model())
-    noisy = prior.project(eta._replace(part0_theta={"rule": eta.part0_theta["rule"] - 0.2}), eta).part0_theta["rule"]
+    noisy = prior.project(
+        eta._replace(part0_theta={"rule": eta.part0_theta["rule"] - 0.2 * torch.eye(2, 2 * INPUTS)}), eta
+    ).part0_theta["rule"]
     assert bool((noisy > 0).all()) and torch.allclose(noisy.sum(1), torch.ones(2).double())
 
 
