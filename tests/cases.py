@@ -163,12 +163,17 @@ def mixed_gains(case: Case, rng: torch.Generator) -> posteriors.Mixed:
     return posteriors.Mixed(parts, {"pi": torch.randn(2, generator=rng, dtype=torch.float64).softmax(0)})
 
 
+def drawn_rules(case: Case, rng: torch.Generator) -> posteriors.Point:
+    return posteriors.Point(tree.map(lambda v: v.softmax(1), normal(rng, case.params)))
+
+
 def bound(prior: Any, model: nn.Module, x: Tensor) -> dict[str, Any]:
     return {"prior": prior.bind(model, x), "params": Objective(model).params()}
 
 
 MLP = fp.models.mlp(4, (3, 2), 2).double()
 CONV = conv_net()
+RULES = fp.models.rules(3).double()
 SHARED = [priors.SharedGates(0.5, 0.8, 4, precision, hold=0) for precision in (0.0, 3.0)]
 MIXED = inference.Mixture(inference.Point(0.1))
 PRIORS = [
@@ -227,6 +232,7 @@ PRIORS = [
         posterior=mixed_gains,
         e_step=inference.Mixture(inference.Gains(0.1), hard=True),
     ),
+    Case("rules", priors.Rules(0.5, RULES.bodies), {"rule": RULES.rule}, drawn_rules, e_step=inference.Rules(0.1)),
     Case("feddyn-2", priors.FedDyn(2.0), PLAIN, tilted, e_step=inference.Tilted(0.1)),
 ]
 

@@ -69,7 +69,10 @@ class Case:
 
 
 FEDAVG = fp.fedavg(0.1, epochs=2, batch_size=4)
-NEEDS = {"fedbn": {"model": normed}}  # what an algorithm asks of its model
+NEEDS = {
+    "fedbn": {"model": normed},
+    "fednsl": {"model": lambda: fp.models.rules(4, 3)},
+}  # what an algorithm asks of its model
 CASES = [Case(name, make(lr=0.1), **NEEDS.get(name, {})) for name, make in fp.algorithms.ALGORITHMS.items()] + [
     Case("batch-norm", FEDAVG, normed),
     Case("dropout-layers", FEDAVG, dropping),

@@ -56,6 +56,8 @@ MODELS = {
     "resnet, batch norm": (lambda: fp.models.resnet(20, "batch", width=4), (1, 16, 16)),
     "resnet, group norm": (lambda: fp.models.resnet(20, "group", width=8), (1, 16, 16)),
     "vit": (lambda: fp.models.vit(image=16, patch=4, width=12, heads=3, depth=2, hidden=20), (1, 16, 16)),
+    "elsa": (lambda: fp.models.elsa(12, 7, 4), (12,)),
+    "elsa, chained": (lambda: fp.models.elsa(12, 7, 4, chained=True), (12,)),
     "char transformer": (lambda: fp.models.char_transformer(7, 5, 12, 3, 4, depth=2, hidden=10), (5,)),
 }
 

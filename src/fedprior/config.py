@@ -31,7 +31,8 @@ from fedprior.cohort import Availability
 from fedprior.engines import ENGINES
 
 MODELS: Mapping[str, Callable[..., nn.Module]] = {
-    f.__name__: f for f in (models.lenet, models.mlp, models.softmax, models.char_gru, models.char_transformer)
+    f.__name__: f
+    for f in (models.lenet, models.mlp, models.softmax, models.char_gru, models.char_transformer, models.rules)
 }
 TABLES = ("csv", "parquet")
 PARTITIONS = ("dirichlet", "iid", "shards", "by_key")

@@ -134,8 +134,8 @@ class Gathered:
             return self
         own = self.where.split(list(self.sizes))
         where = torch.cat([own[r] for r in rows])
-        indices, names, sizes = ([all_[r] for r in rows] for all_ in (self.indices, self.names, self.sizes))
-        return Gathered(indices, names, self.examples, where, sizes)
+        indices, names = [self.indices[r] for r in rows], [self.names[r] for r in rows]
+        return Gathered(indices, names, self.examples, where, [self.sizes[r] for r in rows])
 
 
 @runtime_checkable

@@ -110,9 +110,32 @@ def _gaussian(outputs: Tensor, y: Tensor) -> Tensor:
     return -0.5 * _squared_error(outputs, y)
 
 
+def _reconstruction_errors(outputs: Tensor, x: Tensor) -> Tensor:
+    """|x - reconstruction_k|^2, (n, K), from (n, K, ...) or, for one, (n, ...)."""
+    wanted = x.reshape(len(x), -1)
+    stacked = outputs.ndim == 3 and outputs.shape[2] == wanted.shape[1]
+    if not wanted.is_floating_point() or len(outputs) != len(x) or not (stacked or outputs.numel() == wanted.numel()):
+        raise ValueError(
+            f"an autoencoder's targets are its inputs: outputs of shape {tuple(outputs.shape)} reconstruct no targets "
+            f"of {x.dtype} and shape {tuple(x.shape)}; write clients=fedprior.data.autoencoding(clients)"
+        )
+    return (outputs.reshape(len(x), -1, wanted.shape[1]) - wanted[:, None]).square().sum(2)
+
+
+def _reconstruction(outputs: Tensor, x: Tensor) -> Tensor:
+    """Unit variance, without the constant: the sum over an example's reconstructions."""
+    return -0.5 * _reconstruction_errors(outputs, x).sum(1)
+
+
+def _reconstruction_error(outputs: Tensor, x: Tensor) -> Tensor:
+    """The mean over an example's reconstructions."""
+    return _reconstruction_errors(outputs, x).mean(1)
+
+
 LOSSES: Mapping[str, Loss] = {
     "classification": Loss(_categorical, {"accuracy": _hits}, _mean_categorical, _mix_classes, _probabilities),
     "regression": Loss(_gaussian, {"squared_error": _squared_error}, mix=_mix_means),
+    "autoencoder": Loss(_reconstruction, {"squared_error": _reconstruction_error}, mix=_mix_means),
 }
 
 

@@ -201,6 +201,9 @@ def _group(items: list[Any], names: Mapping[nn.Module, str], known: set[str]) ->
     parts: list[tuple[nn.Module, dict[int, int], str, int, bool]] = []
     for item in items:
         layer, unit = item.dep.target.module, dict(zip(item.idxs, item.root_idxs, strict=True))
+        reads = isinstance(layer, nn.Linear | nn.Conv2d) and _OUT.get(item.dep.handler.__name__) is False
+        if not item.dep.target.outputs and not reads:
+            return None  # the model's outputs, which other layers may read as well
         if isinstance(layer, nn.Parameter):
             return None
         if layer not in names or not any(True for _ in (*layer.parameters(), *layer.buffers())):
@@ -214,7 +217,7 @@ def _group(items: list[Any], names: Mapping[nn.Module, str], known: set[str]) ->
             if getattr(layer, attribute, None) is not None
         ]
     if not any(attribute == "weight" and not owns for _, _, attribute, _, owns in parts):
-        return None  # nothing reads these units: they are the model's outputs
+        return None  # nothing reads these units
     if any(f"{names[layer]}.{attribute}" not in known for layer, _, attribute, _, _ in parts):
         return None
     merged = _merged(parts, names)

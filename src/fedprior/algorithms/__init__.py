@@ -22,6 +22,7 @@ from fedprior.algorithms.bayesian import (
 from fedprior.algorithms.distilled import apqn, decoupled, fedppd, kure, mqat, pfedbred
 from fedprior.algorithms.mixtures import fedem, fedhbmixture, fedsparsemixture, ifca
 from fedprior.algorithms.personal import ditto, fedbn, fedper, fedrep, local, pfedbayes, pfedme, pfedvem
+from fedprior.algorithms.rules import fednsl
 from fedprior.algorithms.smaller import feddropout, fedsparse, grouplasso, topk
 
 _AVERAGING = (fedavg, fedprox, fedavgm, fedadagrad, fedadam, fedyogi)
@@ -30,8 +31,9 @@ _BAYESIAN = (scaffold, feddyn, fola, fedhb, learnedscale, laplace, horseshoe, fe
 _PERSONAL = (local, fedper, fedrep, fedbn, pfedme, ditto, pfedbayes, pfedvem)
 _DISTILLED = (pfedbred, fedppd, kure, apqn, mqat, decoupled)
 _MIXTURES = (fedem, ifca, fedhbmixture, fedsparsemixture)
+_RULES = (fednsl,)
 ALGORITHMS: Mapping[str, Callable[..., Algorithm]] = {
-    f.__name__: f for f in _AVERAGING + _SMALLER + _PERSONAL + _BAYESIAN + _DISTILLED + _MIXTURES
+    f.__name__: f for f in _AVERAGING + _SMALLER + _PERSONAL + _BAYESIAN + _DISTILLED + _MIXTURES + _RULES
 }
 
 __all__ = [
@@ -50,6 +52,7 @@ __all__ = [
     "fedep",
     "fedhb",
     "fedhbmixture",
+    "fednsl",
     "fedpa",
     "fedper",
     "fedppd",

@@ -2,7 +2,7 @@
 
 from fedprior.data.catalogue import Source, available, load
 from fedprior.data.partition import by_key, dirichlet, iid, shards
-from fedprior.data.population import LazyPopulation, Partition, paired
+from fedprior.data.population import LazyPopulation, Partition, autoencoding, paired
 from fedprior.data.sources import from_arrays, from_dataset
 from fedprior.data.tables import from_csv, from_parquet
 
@@ -10,6 +10,7 @@ __all__ = [
     "LazyPopulation",
     "Partition",
     "Source",
+    "autoencoding",
     "available",
     "by_key",
     "dirichlet",

@@ -10,6 +10,7 @@ import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from operator import index as as_int
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -138,6 +139,25 @@ def paired(train: Partition, test: Partition) -> LazyPopulation:
         return replace(train[i], held_out=test[place[train.name(i)]].train)
 
     return LazyPopulation(len(train), make)
+
+
+def autoencoding(source: Any) -> Any:
+    """The same examples with their inputs as targets, for loss="autoencoder": x (n, ...), y (n, inputs).
+
+    Args:
+        source: Examples, or a population of clients, which may have been dealt out by label.
+    """
+    if isinstance(source, Examples):
+        return Examples(source.x, source.x.flatten(1), source.keys)
+    if isinstance(source, Partition):
+        return replace(source, examples=autoencoding(source.examples))
+
+    def make(i: int) -> Client:
+        client = source[i]
+        held = None if client.held_out is None else autoencoding(client.held_out)
+        return replace(client, train=autoencoding(client.train), held_out=held)
+
+    return LazyPopulation(len(source), make)
 
 
 def _checked(index: int, count: int) -> int:

@@ -16,6 +16,7 @@ from fedprior.inference.moreau import Moreau
 from fedprior.inference.point import Point
 from fedprior.inference.reweighted import Reweighted
 from fedprior.inference.rough import Rough
+from fedprior.inference.rules import Rules
 from fedprior.inference.sites import Sites
 from fedprior.inference.tilted import Tilted
 
@@ -36,6 +37,7 @@ __all__ = [
     "Point",
     "Reweighted",
     "Rough",
+    "Rules",
     "Sites",
     "Tilted",
 ]

@@ -13,6 +13,7 @@ from fedprior.priors.mixture import Mixture
 from fedprior.priors.niw import NIW
 from fedprior.priors.online_laplace import OnlineLaplace
 from fedprior.priors.personal import Personal
+from fedprior.priors.rules import Rules
 from fedprior.priors.scaffold import Scaffold
 from fedprior.priors.scale_mixture import ScaleMixture
 from fedprior.priors.shared_gates import SharedGates
@@ -35,6 +36,7 @@ __all__ = [
     "Mixture",
     "OnlineLaplace",
     "Personal",
+    "Rules",
     "Scaffold",
     "ScaleMixture",
     "SharedGates",

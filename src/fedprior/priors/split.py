@@ -79,7 +79,7 @@ class Split:
             if not own:
                 raise ValueError(
                     f"Split: no parameter is left for {pattern!r}; the model has {', '.join(params)}. "
-                    "Patterns are tried in order, and the first match wins"
+                    f"{getattr(prior, 'needs', 'Patterns are tried in order, and the first match wins')}"
                 )
             check_place(prior, _NOT_A_PART, "a part of a Split")
             parts[pattern] = bound = prior.bind(model, x) if hasattr(prior, "bind") else prior

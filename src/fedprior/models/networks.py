@@ -1,11 +1,11 @@
-"""Small models for the examples, the command line and the benchmarks."""
+"""Networks: dense, convolutional, recurrent, attention."""
 
 from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Mapping
 from itertools import pairwise
-from typing import ParamSpec
+from typing import ParamSpec, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -14,20 +14,21 @@ from torch import Tensor, nn
 from fedprior.rng import generator
 
 P = ParamSpec("P")
+M = TypeVar("M", bound=nn.Module)
 
 
-def _own_randomness(build: Callable[P, nn.Module]) -> Callable[P, nn.Module]:
+def own_randomness(build: Callable[P, M]) -> Callable[P, M]:
     """PyTorch's layers draw from its global generator when they are made: give it back as it was."""
 
     @functools.wraps(build)
-    def wrapped(*args: P.args, **kwargs: P.kwargs) -> nn.Module:
+    def wrapped(*args: P.args, **kwargs: P.kwargs) -> M:
         with torch.random.fork_rng(devices=[]):
             return build(*args, **kwargs)
 
     return wrapped
 
 
-def _seeded(model: nn.Module, seed: int) -> nn.Module:
+def seeded(model: nn.Module, seed: int) -> nn.Module:
     """PyTorch's default initialisation laws, drawn from our own generator."""
     rng = generator(seed, "model")
     for module in model.modules():
@@ -50,7 +51,7 @@ def _fan_in(module: nn.Module, name: str) -> int:
     return 0
 
 
-@_own_randomness
+@own_randomness
 def lenet(
     channels: tuple[int, int] = (20, 50), hidden: int = 500, classes: int = 10, image: int = 28, seed: int = 0
 ) -> nn.Module:
@@ -74,10 +75,10 @@ def lenet(
         nn.ReLU(),
         nn.Linear(hidden, classes),
     )
-    return _seeded(layers, seed)
+    return seeded(layers, seed)
 
 
-@_own_randomness
+@own_randomness
 def mlp(inputs: int = 784, hidden: tuple[int, ...] = (200, 200), classes: int = 10, seed: int = 0) -> nn.Module:
     """Dense layers with ReLU; (n, ...) is flattened to (n, inputs)."""
     sizes = (inputs, *hidden)
@@ -86,7 +87,7 @@ def mlp(inputs: int = 784, hidden: tuple[int, ...] = (200, 200), classes: int = 
     layers: list[nn.Module] = [nn.Flatten()]
     for a, b in pairwise(sizes):
         layers += [nn.Linear(a, b), nn.ReLU()]
-    return _seeded(nn.Sequential(*layers, nn.Linear(sizes[-1], classes)), seed)
+    return seeded(nn.Sequential(*layers, nn.Linear(sizes[-1], classes)), seed)
 
 
 def softmax(inputs: int = 784, classes: int = 10, seed: int = 0) -> nn.Module:
@@ -109,10 +110,10 @@ class CharGRU(nn.Module):
         return self.head(states[:, -1])
 
 
-@_own_randomness
+@own_randomness
 def char_gru(vocabulary: int, embedding: int = 8, hidden: int = 128, seed: int = 0) -> nn.Module:
     """A CharGRU initialised from `seed`."""
-    return _seeded(CharGRU(vocabulary, embedding, hidden), seed)
+    return seeded(CharGRU(vocabulary, embedding, hidden), seed)
 
 
 class ResidualBlock(nn.Module):
@@ -138,7 +139,7 @@ _NORMS: Mapping[str, Callable[[int], nn.Module]] = {
 }
 
 
-@_own_randomness
+@own_randomness
 def resnet(
     depth: int = 20, norm: str = "group", width: int = 16, channels: int = 1, classes: int = 10, seed: int = 0
 ) -> nn.Module:
@@ -161,7 +162,7 @@ def resnet(
             stride = 2 if outputs > inputs else 1
             layers.append(ResidualBlock(inputs, outputs, stride, _NORMS[norm]))
             inputs = outputs
-    return _seeded(nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(inputs, classes)), seed)
+    return seeded(nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(inputs, classes)), seed)
 
 
 class Attention(nn.Module):
@@ -219,7 +220,7 @@ class ViT(nn.Module):
         return self.head(self.norm(self.blocks(x)).mean(1))
 
 
-@_own_randomness
+@own_randomness
 def vit(
     image: int = 28,
     patch: int = 4,
@@ -233,7 +234,7 @@ def vit(
     """A ViT initialised from `seed`; heads and hidden neurons can be removed, the width cannot."""
     if width % heads or image % patch:
         raise ValueError(f"heads must divide width and patch must divide image, got {heads}, {width}, {patch}, {image}")
-    return _seeded(ViT(image, patch, width, heads, depth, hidden, classes), seed)
+    return seeded(ViT(image, patch, width, heads, depth, hidden, classes), seed)
 
 
 class CharTransformer(nn.Module):
@@ -255,7 +256,7 @@ class CharTransformer(nn.Module):
         return self.head(h if self.every else h[:, -1])
 
 
-@_own_randomness
+@own_randomness
 def char_transformer(
     vocabulary: int,
     window: int = 80,
@@ -279,6 +280,6 @@ def char_transformer(
         )
     blocks = [TransformerBlock(width, Attention(width, heads, head_dim, causal=True), hidden) for _ in range(depth)]
     model = CharTransformer(vocabulary, window, width, blocks, every)
-    _seeded(model, seed)
+    seeded(model, seed)
     model.positions.weight.data.mul_(0.1)  # else they drown the characters, and SGD takes twice the rounds
     return model
