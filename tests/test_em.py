@@ -9,7 +9,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from cases import MLP, VECTORS, Diagonal, bound, total
+from cases import MLP, VECTORS, bound, total
+from draws import Diagonal
 from fedprior import posteriors, priors
 from fedprior.core import Stats
 from fedprior.rng import generator
