@@ -118,10 +118,18 @@ GONE += [{"keys": (0,), "masked": (8,), "reveal": (1,)}, {"shares": (4,), "maske
 @pytest.mark.parametrize("gone", GONE, ids=str)
 def test_a_third_may_stay_away_at_any_stage(gone: dict[str, tuple[int, ...]], tmp_path: Path) -> None:
     """The sum is that of the clients whose vectors arrived: a simulation without the others has the same bits."""
-    got = federated(SECURE, tmp_path, losing(gone, [2]))
+    lose, revealing = losing(gone, [2]), set()
+
+    def change(number: int, request: Message, reply: Message) -> Message | None:
+        asked = {"clients": [], **request_of(request)}
+        revealing.update((asked["number"], i) for i, _ in asked["clients"] if asked["ask"] == "reveal")
+        return lose(number, request, reply)
+
+    got = federated(SECURE, tmp_path, change)
     lost = {i for stage, clients in gone.items() if stage != "reveal" for i in clients}
     want = simulated(SECURE, {(2, i) for i in lost})
     assert {(r.number, c.index) for r in got.history for c in r.lost()} == {(2, i) for i in lost}
+    assert {i for number, i in revealing if number == 2} == set(range(9)) - lost
     assert not any(r.kept_eta for r in got.history)
     assert equal(tree.flatten(got.eta), tree.flatten(want.eta))
     assert [c.index for c in got.history[1].clients] == [c.index for c in CLIENTS]
@@ -129,8 +137,15 @@ def test_a_third_may_stay_away_at_any_stage(gone: dict[str, tuple[int, ...]], tm
 
 @pytest.mark.parametrize("stage", secure_node.STAGES)
 def test_below_two_thirds_nothing_is_unmasked_and_the_run_goes_on(stage: str, tmp_path: Path) -> None:
-    gone = (0, 1, 5, 8)
-    got = federated(SECURE, tmp_path, losing({stage: gone}, [2]))
+    gone, stages = (0, 1, 5, 8), secure_node.STAGES
+    lose, asked = losing({stage: gone}, [2]), set()
+
+    def change(number: int, request: Message, reply: Message) -> Message | None:
+        asked.update({request_of(request)["ask"]} if request_of(request).get("number") == 2 else ())
+        return lose(number, request, reply)
+
+    got = federated(SECURE, tmp_path, change)
+    assert asked == set(stages[: stages.index(stage) + 1])  # nobody is asked for more
     first, second, third = got.history
     assert not first.kept_eta and not third.kept_eta
     assert "5 of 9 clients answered" in second.kept_eta or "clients are left" in second.kept_eta
