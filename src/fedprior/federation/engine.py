@@ -76,7 +76,7 @@ class GridEngine:
     nodes: int
     run: str = "run"
     seconds: float = 600.0
-    poll: float = 0.1
+    poll: float = 0.2
     most_examples: int = 1_000_000
     history: Sequence[Round] = ()
     _accepted: dict[int, int] = field(default_factory=dict, repr=False)
