@@ -95,25 +95,24 @@ def test_a_server_that_is_killed_resumes_and_counts_nothing_twice(tmp_path: Path
 
 @slow
 def test_a_node_that_is_killed_and_one_that_straggles_are_recorded_and_the_run_goes_on(tmp_path: Path) -> None:
-    """In round 2 the node of partition 1 is stopped for longer than the deadline; then that of partition 2 is killed."""
+    """In round 2 the node of partition 1 pauses for longer than the deadline; then that of partition 2 is killed."""
     task = project(tmp_path / "job", "fp.fedavg(lr=0.1)")
     with Deployment(tmp_path) as d:
         for partition in range(NODES):
             d.node(partition, NODES)
-        begin_run(d, tmp_path, rounds=4, cohort=CLIENTS, seconds=25)
+        begin_run(d, tmp_path, cohort=CLIENTS, seconds=30)
         after_round(d, tmp_path, 1)
         os.killpg(d.processes["node-1"].pid, signal.SIGSTOP)
         after_round(d, tmp_path, 2)
         os.killpg(d.processes["node-1"].pid, signal.SIGCONT)
         os.killpg(d.processes["node-2"].pid, signal.SIGKILL)
-        after_round(d, tmp_path, 4)
+        after_round(d, tmp_path, 3)
         d.processes["run"].wait(60)
         printed = d.log("run")
     history = records.read(tmp_path / "out" / "records.jsonl")
     lost = {(r.number, c.index) for r in history for c in r.lost()}
-    late = {(r.number, c.index % NODES) for r in history for c in r.clients if c.status == "late"}
-    assert not history[0].lost(), printed
-    assert late == {(2, 1), (3, 2), (4, 2)} or late == {(2, 1), (3, 2)}, printed
-    assert {i % NODES for number, i in lost if number > 2} == {2} and len(history) == 4, printed
-    want, saved = simulated(task, lost, rounds=4, cohort=CLIENTS), checkpoint.read(tmp_path / "out")
+    late = {(r.number, c.index) for r in history for c in r.clients if c.status == "late"}
+    assert lost == late == {(n, i) for n, p in ((2, 1), (3, 2)) for i in range(p, CLIENTS, NODES)}, printed
+    assert "no answer within 30 s" in history[1].lost()[0].reason
+    want, saved = simulated(task, lost, cohort=CLIENTS), checkpoint.read(tmp_path / "out")
     assert saved is not None and equal(saved.eta, tree.flatten(want.eta)), printed
