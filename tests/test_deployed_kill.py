@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -70,27 +71,48 @@ def begin_run(d: Deployment, folder: Path, **config: Any) -> None:
     d.start("run", "run", str(folder / "job"), d.address, "--stream", "--run-config", text.replace("'", '"'))
 
 
+@pytest.fixture(scope="module")
+def nodes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Deployment]:
+    """A federation for several runs."""
+    with Deployment(tmp_path_factory.mktemp("nodes")) as d:
+        for partition in range(NODES):
+            d.node(partition, NODES)
+        yield d
+
+
 @slow
-def test_a_server_that_is_killed_resumes_and_counts_nothing_twice(tmp_path: Path) -> None:
+def test_a_server_that_is_killed_resumes_and_counts_nothing_twice(nodes: Deployment, tmp_path: Path) -> None:
     """At a random moment after round one, with error feedback, so that a state too many would show in the bits."""
     task = project(tmp_path / "job", "fp.topk(lr=0.1, fraction=0.2)")
     moment = float(numpy_generator(int.from_bytes(os.urandom(4), "big"), "moment").uniform(0, 8))
-    with Deployment(tmp_path) as d:
-        for partition in range(NODES):
-            d.node(partition, NODES)
-        begin_run(d, tmp_path)
-        after_round(d, tmp_path, 1)
-        time.sleep(moment)
-        for pid in programs(d, "flwr-serverapp"):
-            os.kill(pid, signal.SIGKILL)
-        before = records.read(tmp_path / "out" / "records.jsonl")
-        d.stop("run")
-        printed = start_run(d, tmp_path, resume=True)
+    begin_run(nodes, tmp_path)
+    after_round(nodes, tmp_path, 1)
+    time.sleep(moment)
+    servers = programs(nodes, "flwr-serverapp")
+    assert servers
+    for pid in servers:
+        os.kill(pid, signal.SIGKILL)
+    before = records.read(tmp_path / "out" / "records.jsonl")
+    nodes.stop("run")
+    printed = start_run(nodes, tmp_path, resume=True)
     history, want = records.read(tmp_path / "out" / "records.jsonl"), simulated(task)
     saved = checkpoint.read(tmp_path / "out")
     told = f"killed {moment:.2f} s after round 1, at {len(before)} rounds\n{printed}"
+    assert 1 <= len(before) < ROUNDS, told
     assert saved is not None and equal(saved.eta, tree.flatten(want.eta)), told
     assert without_seconds(history) == without_seconds(want.history), told
+
+
+@slow
+def test_secure_sums_have_the_bits_and_the_bytes_of_the_simulation(nodes: Deployment, tmp_path: Path) -> None:
+    secure = "__import__('dataclasses').replace(fp.fedavg(lr=0.1, weighting='uniform'), secure=SecureSum())"
+    task = project(tmp_path / "job", f"(lambda SecureSum: {secure})(__import__('fedprior.privacy').privacy.SecureSum)")
+    printed = start_run(nodes, tmp_path, rounds=1)
+    history, want = records.read(tmp_path / "out" / "records.jsonl"), simulated(task, rounds=1)
+    saved = checkpoint.read(tmp_path / "out")
+    assert saved is not None and equal(saved.eta, tree.flatten(want.eta)), printed
+    assert not history[0].lost() and not history[0].kept_eta
+    assert (history[0].bytes_up, history[0].bytes_down) == (want.bytes_up, want.bytes_down)
 
 
 @slow
