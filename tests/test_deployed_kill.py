@@ -6,6 +6,7 @@ import os
 import signal
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ from deployment import Deployment
 from test_deployed import CLIENTS, COHORT, project, start_run
 
 slow = pytest.mark.slow
-NODES, ROUNDS = 3, 3
+NODES = 3
 
 
 class Lost(fp.Availability):
@@ -36,8 +37,13 @@ class Lost(fp.Availability):
 
 
 def simulated(task: Any, lost: set[tuple[int, int]] = frozenset(), **fields: Any) -> fp.Result:  # type: ignore
-    fields = {"rounds": ROUNDS, "cohort": COHORT, "test": task.held_out(), "engine": "sequential"} | fields
+    fields = {"cohort": COHORT, "test": task.held_out(), "engine": "sequential"} | fields
     return fp.run(task.ALGORITHM, task.MODEL, task.clients(0, 1), availability=Lost(lost), **fields)
+
+
+def hidden(history: list[fp.Round]) -> list[fp.Round]:
+    """What a simulation records, without what a secure sum hides."""
+    return [replace(r, clients=tuple(replace(c, examples=0) for c in r.clients)) for r in without_seconds(history)]
 
 
 def programs(d: Deployment, word: str) -> list[int]:
@@ -66,7 +72,7 @@ def after_round(d: Deployment, folder: Path, number: int) -> None:
 
 def begin_run(d: Deployment, folder: Path, **config: Any) -> None:
     """Without waiting for its end."""
-    config = {"rounds": ROUNDS, "cohort": COHORT, "out": str(folder / "out"), "seconds": 120} | config
+    config = {"cohort": COHORT, "out": str(folder / "out"), "seconds": 120} | config
     text = " ".join(f"{k}={str(v).lower() if isinstance(v, bool) else repr(v)}" for k, v in config.items())
     d.start("run", "run", str(folder / "job"), d.address, "--stream", "--run-config", text.replace("'", '"'))
 
@@ -80,61 +86,56 @@ def nodes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Deployment]:
         yield d
 
 
+SECURE = "replace(fp.fedper(lr=0.1), weighting='uniform', secure=SecureSum())"
+
+
 @slow
 def test_a_server_that_is_killed_resumes_and_counts_nothing_twice(nodes: Deployment, tmp_path: Path) -> None:
-    """At a random moment after round one, with error feedback, so that a state too many would show in the bits."""
-    task = project(tmp_path / "job", "fp.topk(lr=0.1, fraction=0.2)")
-    moment = float(numpy_generator(int.from_bytes(os.urandom(4), "big"), "moment").uniform(0, 8))
-    begin_run(nodes, tmp_path)
+    """At a random moment of round two, in any exchange of a secure sum, with heads that stay on the nodes.
+
+    Bits and bytes are those of the simulation, which a state or an upload too many would change.
+    """
+    imports = "__import__('dataclasses').replace, __import__('fedprior.privacy').privacy.SecureSum"
+    task = project(tmp_path / "job", f"(lambda replace, SecureSum: {SECURE})({imports})")
+    moment = float(numpy_generator(int.from_bytes(os.urandom(4), "big"), "moment").uniform(0, 14))
+    begin_run(nodes, tmp_path, rounds=2)
     after_round(nodes, tmp_path, 1)
     time.sleep(moment)
     servers = programs(nodes, "flwr-serverapp")
-    assert servers
     for pid in servers:
         os.kill(pid, signal.SIGKILL)
     before = records.read(tmp_path / "out" / "records.jsonl")
     nodes.stop("run")
-    printed = start_run(nodes, tmp_path, resume=True)
-    history, want = records.read(tmp_path / "out" / "records.jsonl"), simulated(task)
+    printed = start_run(nodes, tmp_path, rounds=2, resume=True)
+    history, want = records.read(tmp_path / "out" / "records.jsonl"), simulated(task, rounds=2)
     saved = checkpoint.read(tmp_path / "out")
-    told = f"killed {moment:.2f} s after round 1, at {len(before)} rounds\n{printed}"
-    assert 1 <= len(before) < ROUNDS, told
+    told = f"killed {moment:.2f} s after round 1\n{printed}"
+    assert servers and len(before) == 1, told
     assert saved is not None and equal(saved.eta, tree.flatten(want.eta)), told
-    assert without_seconds(history) == without_seconds(want.history), told
+    assert without_seconds(history) == hidden(want.history), told
+    states = list((tmp_path / "job").glob("*/client-*"))
+    assert len(states) == len({c.index for r in want.history for c in r.clients})
 
 
 @slow
-def test_secure_sums_have_the_bits_and_the_bytes_of_the_simulation(nodes: Deployment, tmp_path: Path) -> None:
-    secure = "__import__('dataclasses').replace(fp.fedavg(lr=0.1, weighting='uniform'), secure=SecureSum())"
-    task = project(tmp_path / "job", f"(lambda SecureSum: {secure})(__import__('fedprior.privacy').privacy.SecureSum)")
-    printed = start_run(nodes, tmp_path, rounds=1)
-    history, want = records.read(tmp_path / "out" / "records.jsonl"), simulated(task, rounds=1)
-    saved = checkpoint.read(tmp_path / "out")
-    assert saved is not None and equal(saved.eta, tree.flatten(want.eta)), printed
-    assert not history[0].lost() and not history[0].kept_eta
-    assert (history[0].bytes_up, history[0].bytes_down) == (want.bytes_up, want.bytes_down)
-
-
-@slow
-def test_a_node_that_is_killed_and_one_that_straggles_are_recorded_and_the_run_goes_on(tmp_path: Path) -> None:
+def test_a_node_that_is_killed_and_one_that_straggles_are_recorded_and_the_run_goes_on(
+    nodes: Deployment, tmp_path: Path
+) -> None:
     """In round 2 the node of partition 1 pauses for longer than the deadline; then that of partition 2 is killed."""
     task = project(tmp_path / "job", "fp.fedavg(lr=0.1)")
-    with Deployment(tmp_path) as d:
-        for partition in range(NODES):
-            d.node(partition, NODES)
-        begin_run(d, tmp_path, cohort=CLIENTS, seconds=30)
-        after_round(d, tmp_path, 1)
-        os.killpg(d.processes["node-1"].pid, signal.SIGSTOP)
-        after_round(d, tmp_path, 2)
-        os.killpg(d.processes["node-1"].pid, signal.SIGCONT)
-        os.killpg(d.processes["node-2"].pid, signal.SIGKILL)
-        after_round(d, tmp_path, 3)
-        d.processes["run"].wait(60)
-        printed = d.log("run")
+    begin_run(nodes, tmp_path, rounds=3, cohort=CLIENTS, seconds=25)
+    after_round(nodes, tmp_path, 1)
+    os.killpg(nodes.processes["node-1"].pid, signal.SIGSTOP)
+    after_round(nodes, tmp_path, 2)
+    os.killpg(nodes.processes["node-1"].pid, signal.SIGCONT)
+    os.killpg(nodes.processes["node-2"].pid, signal.SIGKILL)
+    after_round(nodes, tmp_path, 3)
+    nodes.processes["run"].wait(60)
+    printed = nodes.log("run")
     history = records.read(tmp_path / "out" / "records.jsonl")
     lost = {(r.number, c.index) for r in history for c in r.lost()}
     late = {(r.number, c.index) for r in history for c in r.clients if c.status == "late"}
     assert lost == late == {(n, i) for n, p in ((2, 1), (3, 2)) for i in range(p, CLIENTS, NODES)}, printed
-    assert "no answer within 30 s" in history[1].lost()[0].reason
-    want, saved = simulated(task, lost, cohort=CLIENTS), checkpoint.read(tmp_path / "out")
+    assert "no answer within 25 s" in history[1].lost()[0].reason
+    want, saved = simulated(task, lost, rounds=3, cohort=CLIENTS), checkpoint.read(tmp_path / "out")
     assert saved is not None and equal(saved.eta, tree.flatten(want.eta)), printed
