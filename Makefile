@@ -5,7 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 WORKERS ?= 2
 DEMO ?= demo
-FLOWER_TESTS := $(wildcard tests/test_federation*.py) tests/test_deployed.py
+FLOWER_TESTS := $(wildcard tests/test_federation*.py) $(wildcard tests/test_deployed*.py)
 
 .PHONY: install demo test test-all test-demo test-flower check format docs clean
 

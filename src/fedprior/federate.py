@@ -27,7 +27,7 @@ QUIET = {
     "FLWR_TELEMETRY_ENABLED": "0",
     "FLWR_DISABLE_UPDATE_CHECK": "1",
     "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION": "1",
-    "FLWR_SUPEREXEC_TASK_POLL_INTERVAL": "0.05",
+    "FLWR_SUPEREXEC_TASK_POLL_INTERVAL": "0.25",  # seconds, and 1 by default; much less costs a core in polling
 }
 
 Insecure = Annotated[bool, typer.Option("--insecure", help="Without TLS and keys: anybody can read, change and join.")]

@@ -49,14 +49,14 @@ def resident_app(task: str) -> ClientApp:
         try:
             blob = _asked(task, context.node_id, place, mail.blob(message))
         except (EOFError, BrokenPipeError, ConnectionResetError):  # the worker was killed; answers are repeatable
-            blob = _asked(task, context.node_id, place, mail.blob(message))
+            blob = _asked(task, context.node_id, place, mail.blob(message), anew=True)
         return mail.reply(message, blob)
 
     return app
 
 
-def _asked(task: str, node: int, place: tuple[int, int], blob: bytes) -> bytes:
-    with connected(task, node) as connection:
+def _asked(task: str, node: int, place: tuple[int, int], blob: bytes, anew: bool = False) -> bytes:
+    with connected(task, node, anew) as connection:
         send(connection, {"place": place}, blob)
         return receive(connection)[1]
 
@@ -84,13 +84,15 @@ def _exactly(connection: socket.socket, size: int) -> bytes:
     return bytes(data)
 
 
-def connected(task: str, node: int) -> socket.socket:
-    """A connection to this node's worker, which is started if there is none."""
+def connected(task: str, node: int, anew: bool = False) -> socket.socket:
+    """A connection to this node's worker, which is started if there is none, or the one there was has died (`anew`)."""
     supernode = os.getppid()
     name = hashlib.sha256(repr((task, node, supernode, sys.path, sys.executable)).encode()).hexdigest()[:16]
     path = _folder() / f"{name}.sock"
     with path.with_suffix(".lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
+        if anew:  # a dying process closes its connections before the socket at which it listens
+            path.unlink(missing_ok=True)
         if (connection := _connect(path)) is None:
             connection = _start(task, path, supernode)
     return connection

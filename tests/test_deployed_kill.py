@@ -1,0 +1,141 @@
+"""Deployed federations whose processes are killed: nothing counts twice, and what is lost is recorded as that."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import fedprior as fp
+from cases import equal, without_seconds
+from fedprior import checkpoint, records, tree
+from fedprior.rng import numpy_generator
+
+pytest.importorskip("flwr", reason="federations need flwr, in an environment of its own: make test-flower")
+
+from deployment import Deployment
+from test_deployed import CLIENTS, COHORT, project, start_run
+
+slow = pytest.mark.slow
+NODES = 3
+
+
+class Lost(fp.Availability):
+    """Those clients of those rounds do not answer."""
+
+    def __init__(self, lost: set[tuple[int, int]]) -> None:
+        object.__setattr__(self, "lost", lost)
+
+    def status(self, seed: int, number: int, index: int, examples: int) -> Any:
+        return "dropped" if (number, index) in self.lost else "ok"  # type: ignore
+
+
+def simulated(task: Any, lost: set[tuple[int, int]] = frozenset(), **fields: Any) -> fp.Result:  # type: ignore
+    fields = {"cohort": COHORT, "test": task.held_out(), "engine": "sequential"} | fields
+    return fp.run(task.ALGORITHM, task.MODEL, task.clients(0, 1), availability=Lost(lost), **fields)
+
+
+def hidden(history: list[fp.Round]) -> list[fp.Round]:
+    """What a simulation records, without what a secure sum hides."""
+    return [replace(r, clients=tuple(replace(c, examples=0) for c in r.clients)) for r in without_seconds(history)]
+
+
+def programs(d: Deployment, word: str) -> list[int]:
+    """Processes of this federation with a word in their command line, but no zombies."""
+    found = []
+    for folder in Path("/proc").iterdir():
+        try:
+            words = (folder / "cmdline").read_bytes().split(b"\0")
+            home = (folder / "environ").read_bytes() if folder.name.isdigit() else b""
+        except OSError:
+            continue
+        if f"HOME={d.folder}".encode() in home.split(b"\0") and any(word.encode() in w for w in words):
+            found.append(int(folder.name))
+    return found
+
+
+def after_round(d: Deployment, folder: Path, number: int) -> None:
+    """Wait until a round has its record."""
+    path = folder / "out" / "records.jsonl"
+    for _ in range(1200):
+        if path.exists() and len(path.read_bytes().splitlines()) >= number:
+            return
+        time.sleep(0.1)
+    raise TimeoutError(d.log("run"))
+
+
+def begin_run(d: Deployment, folder: Path, **config: Any) -> None:
+    """Without waiting for its end."""
+    config = {"cohort": COHORT, "out": str(folder / "out"), "seconds": 120} | config
+    text = " ".join(f"{k}={str(v).lower() if isinstance(v, bool) else repr(v)}" for k, v in config.items())
+    d.start("run", "run", str(folder / "job"), d.address, "--stream", "--run-config", text.replace("'", '"'))
+
+
+@pytest.fixture(scope="module")
+def nodes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Deployment]:
+    """A federation for several runs."""
+    with Deployment(tmp_path_factory.mktemp("nodes")) as d:
+        for partition in range(NODES):
+            d.node(partition, NODES)
+        yield d
+
+
+SECURE = "replace(fp.fedper(lr=0.1), weighting='uniform', secure=SecureSum())"
+
+
+@slow
+def test_a_server_that_is_killed_resumes_and_counts_nothing_twice(nodes: Deployment, tmp_path: Path) -> None:
+    """At a random moment of round two, in any exchange of a secure sum, with heads that stay on the nodes.
+
+    Bits and bytes are those of the simulation, which a state or an upload too many would change.
+    """
+    imports = "__import__('dataclasses').replace, __import__('fedprior.privacy').privacy.SecureSum"
+    task = project(tmp_path / "job", f"(lambda replace, SecureSum: {SECURE})({imports})")
+    moment = float(numpy_generator(int.from_bytes(os.urandom(4), "big"), "moment").uniform(0, 14))
+    begin_run(nodes, tmp_path, rounds=2)
+    after_round(nodes, tmp_path, 1)
+    time.sleep(moment)
+    servers = programs(nodes, "flwr-serverapp")
+    for pid in servers:
+        os.kill(pid, signal.SIGKILL)
+    before = records.read(tmp_path / "out" / "records.jsonl")
+    nodes.stop("run")
+    printed = start_run(nodes, tmp_path, rounds=2, resume=True)
+    history, want = records.read(tmp_path / "out" / "records.jsonl"), simulated(task, rounds=2)
+    saved = checkpoint.read(tmp_path / "out")
+    told = f"killed {moment:.2f} s after round 1\n{printed}"
+    assert servers and len(before) == 1, told
+    assert saved is not None and equal(saved.eta, tree.flatten(want.eta)), told
+    assert without_seconds(history) == hidden(want.history), told
+    states = list((tmp_path / "job").glob("*/client-*"))
+    assert len(states) == len({c.index for r in want.history for c in r.clients})
+
+
+@slow
+def test_a_node_that_is_killed_and_one_that_straggles_are_recorded_and_the_run_goes_on(
+    nodes: Deployment, tmp_path: Path
+) -> None:
+    """In round 2 the node of partition 1 pauses for longer than the deadline; then that of partition 2 is killed."""
+    task = project(tmp_path / "job", "fp.fedavg(lr=0.1)")
+    begin_run(nodes, tmp_path, rounds=3, cohort=CLIENTS, seconds=25)
+    after_round(nodes, tmp_path, 1)
+    os.killpg(nodes.processes["node-1"].pid, signal.SIGSTOP)
+    after_round(nodes, tmp_path, 2)
+    os.killpg(nodes.processes["node-1"].pid, signal.SIGCONT)
+    os.killpg(nodes.processes["node-2"].pid, signal.SIGKILL)
+    after_round(nodes, tmp_path, 3)
+    nodes.processes["run"].wait(60)
+    printed = nodes.log("run")
+    history = records.read(tmp_path / "out" / "records.jsonl")
+    lost = {(r.number, c.index) for r in history for c in r.lost()}
+    late = {(r.number, c.index) for r in history for c in r.clients if c.status == "late"}
+    assert lost == late == {(n, i) for n, p in ((2, 1), (3, 2)) for i in range(p, CLIENTS, NODES)}, printed
+    assert "no answer within 25 s" in history[1].lost()[0].reason
+    want, saved = simulated(task, lost, rounds=3, cohort=CLIENTS), checkpoint.read(tmp_path / "out")
+    assert saved is not None and equal(saved.eta, tree.flatten(want.eta)), printed
