@@ -48,6 +48,7 @@ class Row:
         cohort: clients a round.
         batch: examples a step.
         rounds: of one turn.
+        stacks: are its layers those that can be stacked?
     """
 
     model: Callable[[], nn.Module]
@@ -55,6 +56,7 @@ class Row:
     cohort: int
     batch: int
     rounds: int
+    stacks: bool = False
 
 
 def fashion(clients: int, examples: int) -> Population:
@@ -69,8 +71,8 @@ def shakespeare() -> Population:
 
 ROWS: Mapping[str, Row] = {
     "lenet": Row(fp.models.lenet, lambda: fashion(100, 600), 10, 20, 8),
-    "mlp": Row(fp.models.mlp, lambda: fashion(100, 600), 10, 20, 20),
-    "softmax": Row(fp.models.softmax, lambda: fashion(3000, 20), 100, 20, 60),
+    "mlp": Row(fp.models.mlp, lambda: fashion(100, 600), 10, 20, 20, stacks=True),
+    "softmax": Row(fp.models.softmax, lambda: fashion(3000, 20), 100, 20, 60, stacks=True),
     "resnet": Row(lambda: fp.models.resnet(8, norm="group"), lambda: fashion(100, 100), 10, 20, 6),
     "gru": Row(lambda: fp.models.char_gru(80), shakespeare, 10, 16, 8),
 }
@@ -122,11 +124,9 @@ def one(name: str, side: str, rounds: str = "") -> list[float]:
     torch.set_num_threads(1 if side == "loop, 1 thread" else os.cpu_count() or 1)
     if side.startswith("loop"):
         return loop(row)
-    engines = {"sequential": lambda: fp.engines.Sequential(1)}
-    for engine in ("Workers", "Stacked", "Auto"):
-        if hasattr(fp.engines, engine):
-            engines[engine.lower()] = getattr(fp.engines, engine)
-    return ours(row, engines[side]())
+    of = fp.engines
+    engines = {"sequential": of.Sequential(1), "workers": of.Workers(), "stacked": of.Stacked(), "auto": of.Auto()}
+    return ours(row, engines[side])
 
 
 def limit(name: str) -> float:
@@ -160,7 +160,7 @@ def main() -> None:
         return
     table = {}
     for name in options.only.split(","):
-        there = [s for s in options.sides.split(";") if s != "stacked" or hasattr(fp.engines, "Stacked")]
+        there = [s for s in options.sides.split(";") if s != "stacked" or ROWS[name].stacks]
         sides: dict[str, list[float]] = {side: [] for side in there}
         for _ in range(options.repeats):
             for side in sides:
