@@ -15,6 +15,9 @@ from fedprior.core import Eta, Params, Schema, Stats
 from fedprior.objective import Objective
 from fedprior.records import ClientRecord, Round
 
+LAYERS = ("secure", "privacy", "robust")
+"""The fields of an Algorithm that ask for one; an engine has `layers`, those that it can run with."""
+
 
 @dataclass(frozen=True)
 class Finished:
@@ -129,13 +132,12 @@ def plan(setting: Setting, eta: Eta, objective: Objective, engine: Any, rounds: 
         rounds: of the whole run.
         population: how many clients there are.
     """
-    from fedprior.engines import Auto, Sequential, Workers  # which import round.py, and that this module
-
     algorithm, cohort = setting.algorithm, setting.cohort
-    if algorithm.layered and not isinstance(engine, Sequential | Workers | Auto):
+    asked = [name for name in LAYERS if getattr(algorithm, name) is not None]
+    if strange := [name for name in asked if name not in getattr(engine, "layers", ())]:
         raise ValueError(
-            "secure=..., privacy=... and robust=... take uploads one by one in one process, which "
-            f"{type(engine).__name__} does not do: write engine=Auto(), Workers() or Sequential()"
+            f"{strange[0]}=... takes uploads one by one in a simulation, which {type(engine).__name__} does not do: "
+            "write engine=Auto(), Workers() or Sequential()"
         )
     if algorithm.privacy is not None:
         if objective.buffers:

@@ -20,6 +20,7 @@ from fedprior.core import Stats, Work
 from fedprior.engines.sequential import Sequential, summed
 from fedprior.engines.stacked import Stacked, worth
 from fedprior.engines.workers import Workers, cores
+from fedprior.layer import LAYERS
 
 WORTH = 0.05
 
@@ -35,6 +36,7 @@ class Auto:
     choice: str = ""
     _workers: Workers = field(default_factory=Workers, repr=False)
     _store: Any = field(default=None, repr=False)  # of the run for which the choice was made
+    layers = LAYERS
 
     def map_sum(self, work: Work, indices: Sequence[int]) -> Stats | None:
         """The sum of the clients' statistics in the order of `indices`."""

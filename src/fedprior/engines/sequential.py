@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from fedprior.core import Stats, Work
+from fedprior.layer import LAYERS
 
 
 @dataclass(frozen=True)
@@ -21,6 +22,7 @@ class Sequential:
     """
 
     threads: int | None = None
+    layers = LAYERS
 
     def map_sum(self, work: Work, indices: Sequence[int]) -> Stats | None:
         """The sum of the clients' statistics in the order of `indices`."""

@@ -32,6 +32,7 @@ from fedprior.core import Params, Stats, Work
 from fedprior.engines.costs import Costs
 from fedprior.engines.mailbox import Mailbox
 from fedprior.engines.sequential import summed, torch_threads
+from fedprior.layer import LAYERS
 
 WINDOW = 16
 
@@ -59,6 +60,7 @@ class Workers:
     costs: Costs = field(default_factory=Costs, repr=False)
     _pool: list[_Worker] = field(default_factory=list, repr=False)
     _store: Any = field(default=None, repr=False)  # whose run was forked: each has a store of its own
+    layers = LAYERS
 
     def __post_init__(self) -> None:
         if self.count is not None and self.count < 1:

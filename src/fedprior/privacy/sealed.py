@@ -1,16 +1,13 @@
-"""A round under secure aggregation, simulated: every client's and the server's messages are made, read and counted.
+"""A round under secure aggregation: what a client masks and uploads, and what the server makes of the sum.
 
-The run's seed stands for the clients' randomness, so that a run can be repeated; in a federation a client's 32 secret
-bytes are os.urandom(32), and nobody else has them.
+Keys, shares and their bytes are the matter of `parties` (parties.py).
 """
 
 from __future__ import annotations
 
-import hashlib
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from functools import cached_property
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -25,8 +22,8 @@ from fedprior.privacy.central import finished, noisy_share
 from fedprior.privacy.clipping import clip, unit
 from fedprior.privacy.fixed_point import FixedPoint
 from fedprior.privacy.layout import Field, Layout, kept
-from fedprior.privacy.masks import threshold_for
-from fedprior.privacy.secure import ClientState
+from fedprior.privacy.masks import SecureError, threshold_for
+from fedprior.privacy.parties import Simulated
 from fedprior.records import ClientRecord
 from fedprior.rng import numpy_generator
 
@@ -82,9 +79,8 @@ class Sealed:
     Attributes:
         most: C of the algorithm's privacy.
         layout: of the masked vectors.
-        roster: everybody's public keys.
-        states: what each client knows after the shares; the clients' processes derive it again.
-        up, down: bytes of keys and shares, by client.
+        cohort: clients that were asked; of these, two thirds must stay.
+        parties: the clients: Secrets where they upload, Parties where their sum is unmasked, Simulated for both.
     """
 
     algorithm: Algorithm
@@ -92,41 +88,20 @@ class Sealed:
     number: int
     most: float
     layout: Layout
-    roster: bytes
-    states: Mapping[int, ClientState] = field(default_factory=dict)
-    up: dict[int, int] = field(default_factory=dict)
-    down: dict[int, int] = field(default_factory=dict)
+    cohort: int
+    parties: Any
     seals = True
 
     @classmethod
     def begin(cls, setting: Setting, number: int, eta: Eta, most: float, ids: Sequence[int]) -> Sealed:
-        """Keys and shares of the clients `ids`, before anybody trains."""
+        """A simulated round of the clients `ids`."""
         made = layout(setting, number, eta, most)
-        states = {i: ClientState(i, _secret(setting.seed, number, i)) for i in ids}
-        keys = {i: secure.advertise(state) for i, state in states.items()}
-        roster = secure.roster(keys)
-        states = {i: secure.enrol(state, roster) for i, state in states.items()}
-        sent = {i: secure.share(state) for i, state in states.items()}
-        boxes = secure.deliver(roster, sent)
-        states = {i: secure.receive(states[i], box) for i, box in boxes.items()}
-        up = {i: len(keys[i]) + len(sent[i]) for i in states}
-        down = {i: len(roster) + len(boxes[i]) for i in states}
-        return cls(setting.algorithm, setting.seed, number, most, made, roster, states, up, down)
+        parties = Simulated(setting.seed, number, tuple(ids))
+        return cls(setting.algorithm, setting.seed, number, most, made, len(ids), parties)
 
     def public(self) -> Sealed:
-        """Without the states."""
-        return replace(self, states={}, up={}, down={})
-
-    @cached_property
-    def _members(self) -> list[int]:
-        return list(ClientState(0, b"", self.roster).keys)
-
-    def _state(self, index: int) -> ClientState:
-        """A client's own; it is masked with all others, and what their shares say does not matter to the masks."""
-        if index in self.states:
-            return self.states[index]
-        inbox = {i: b"" for i in self._members if i != index}
-        return ClientState(index, _secret(self.seed, self.number, index), self.roster, inbox)
+        """Without what the server's side alone holds."""
+        return replace(self, parties=self.parties.public())
 
     def seal(self, eta: Eta, stats: Stats, weight: float, index: int) -> bytes:
         """What client `index` uploads; nothing if its values are not finite."""
@@ -144,7 +119,7 @@ class Sealed:
             weight = min(weight, secure_sum.most)
             message = {k: weight * v for k, v in message.items()}
             _, words = self.layout.encode(message, weight, float(not self.layout.beyond(message)), rng)
-        return self.layout.pack(secure.masked(self._state(index), words))
+        return self.layout.pack(secure.masked(self.parties.state(index), words))
 
     def open(self, payload: bytes) -> Stats:
         """A masked vector as something that adds: 64-bit integers wrap around, as those of fewer bits do in them."""
@@ -157,16 +132,18 @@ class Sealed:
 
     def finish(self, eta: Eta, total: Stats | None, records: Sequence[ClientRecord]) -> Finished:
         """Ask for the shares, unmask, and count the bytes of all stages."""
-        alive = [r.index for r in records if r.status == "ok"]
-        told = tuple(self._counted(r, 0, 0) for r in records)
-        if total is None or len(alive) < (least := threshold_for(len(self.states))):
-            least = threshold_for(len(self.states))
-            return Finished(None, f"{len(alive)} clients are left, and {least} are needed to unmask their sum", told)
-        asked = secure.request(list(self.states), alive)
-        replies = {i: secure.reveal(self.states[i], asked)[0] for i in alive}
-        told = tuple(self._counted(r, len(replies.get(r.index, b"")), len(asked)) for r in records)
+        alive, least = [r.index for r in records if r.status == "ok"], threshold_for(self.cohort)
+        if total is None or len(alive) < least:
+            why = f"{len(alive)} clients are left, and {least} are needed to unmask their sum"
+            return Finished(None, why, self._counted(records))
         words = total["masked"]["words"].numpy().view(np.uint64).astype(self.layout.fixed.dtype)
-        message, weight, within = self.layout.decode(secure.unmask(self.roster, asked, replies, words))
+        asked = secure.request(self.parties.members, alive)
+        replies = self.parties.reveal(asked, alive)
+        told = self._counted(records)
+        try:
+            message, weight, within = self.layout.decode(secure.unmask(self.parties.roster, asked, replies, words))
+        except SecureError as error:  # too few answered: there is no sum, and the round says so
+            return Finished(None, str(error), told)
         device = next((v.device for v in tree.flatten(eta).values()), torch.device("cpu"))  # none: all is personal
         message = {k: v.to(device) for k, v in message.items()}
         privacy = self.algorithm.privacy
@@ -177,16 +154,10 @@ class Sealed:
         stats = wire.restored(self.algorithm, eta, wire.unflat(message, weight))
         return Finished(stats, "", told, {"within": within / len(alive)})
 
-    def _counted(self, record: ClientRecord, reply: int, asked: int) -> ClientRecord:
-        """With the bytes of keys, shares and answer."""
-        i, asked = record.index, asked if record.status == "ok" else 0
-        return replace(
-            record,
-            bytes_up=record.bytes_up + self.up[i] + reply,
-            bytes_down=record.bytes_down + self.down[i] + asked,
+    def _counted(self, records: Sequence[ClientRecord]) -> tuple[ClientRecord, ...]:
+        """With the bytes of keys, shares and answers."""
+        up, down = self.parties.up, self.parties.down
+        return tuple(
+            replace(r, bytes_up=r.bytes_up + up.get(r.index, 0), bytes_down=r.bytes_down + down.get(r.index, 0))
+            for r in records
         )
-
-
-def _secret(seed: int, number: int, index: int) -> bytes:
-    """A simulated client's 32 bytes."""
-    return hashlib.blake2b(f"secure\0{seed}\0{number}\0{index}".encode(), digest_size=32).digest()
