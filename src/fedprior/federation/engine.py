@@ -14,8 +14,8 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from fedprior.cohort import Availability
@@ -24,11 +24,14 @@ from fedprior.engines.sequential import summed
 from fedprior.federation import bundle, replies
 from fedprior.federation.node import about
 from fedprior.federation.replies import Asked
+from fedprior.federation.secure_server import Exchange
 from fedprior.records import Round
 from fedprior.round import RoundWork, Upload
 from fedprior_node import mail
 
 log = logging.getLogger(__name__)
+Request = Callable[[Sequence[Client]], tuple[bytes, dict[int, Asked]]]
+"""One node's message, and what its clients were sent."""
 
 
 class NodeError(RuntimeError):
@@ -63,7 +66,7 @@ class GridEngine:
         grid: Flower's.
         nodes: how many partitions there are; all must be there before round one.
         run: key of the run, under which nodes keep personal states.
-        seconds: that the nodes have before round one, and in each round.
+        seconds: that the nodes have before round one, and for each exchange: one a round, four under secure=...
         poll: seconds between two looks for replies.
         most_examples: that a client may claim to have: examples are weights.
         history: rounds of the run before it was resumed.
@@ -81,6 +84,7 @@ class GridEngine:
     _places: dict[int, int] = field(default_factory=dict, repr=False)  # partition -> node
     _hellos: dict[str, int] = field(default_factory=dict, repr=False)  # message -> node
     _met: bool = field(default=False, repr=False)
+    layers = ("secure",)
 
     def map_sum(self, work: Work, indices: Sequence[int]) -> Stats | None:
         """The sum of the clients' statistics in the order of `indices`."""
@@ -92,7 +96,7 @@ class GridEngine:
             if record.number < work.number:  # a crash may have left one that will be run again
                 self._remember(record.number, record.clients)
         self._meet(work)
-        total = summed(work, self._uploads(work, indices))
+        total = summed(work, self._of_round(work, [work.population[i] for i in indices]))
         self._remember(work.number, work.records)
         for record in work.records:
             if record.status != "ok":
@@ -161,16 +165,23 @@ class GridEngine:
             if node in present and partition >= 0:
                 self._places.setdefault(partition, node)
 
-    def _uploads(self, work: RoundWork, indices: Sequence[int]) -> Iterator[Upload]:
-        """What came of the clients, in the order of `indices`; then what nobody asked for."""
-        clients = [work.population[i] for i in indices]
+    def _of_round(self, work: RoundWork, clients: Sequence[Client]) -> Iterator[Upload]:
+        """The uploads of a round, which under secure=... takes several exchanges."""
+        if work.algorithm.secure is None:
+            return self.uploads(work, clients, lambda some: self._round(work, some))
+        exchange = Exchange(self, work, clients)
+        work.layer = replace(work.layer, parties=exchange)
+        return exchange.uploads()
+
+    def uploads(self, work: RoundWork, clients: Sequence[Client], request: Request) -> Iterator[Upload]:
+        """What came of the clients, in their order; then what nobody asked for."""
         by_partition: dict[int, list[Client]] = {}
         for client in clients:
             by_partition.setdefault(client.index % self.nodes, []).append(client)
         arrived: dict[int, Upload] = {}
         strange: list[Upload] = []
         todo = [client.index for client in clients]
-        for partition, reply in self._exchange(work, by_partition):
+        for partition, reply in self._exchange(work, by_partition, request):
             arrived |= reply.uploads
             if reply.strange:
                 strange.append(Upload(-1, f"node of partition {partition}", 0, "rejected", 0, reason=reply.strange))
@@ -179,7 +190,7 @@ class GridEngine:
         yield from strange
 
     def _exchange(
-        self, work: RoundWork, by_partition: Mapping[int, list[Client]]
+        self, work: RoundWork, by_partition: Mapping[int, list[Client]], request: Request
     ) -> Iterator[tuple[int, replies.Reply]]:
         """Send, and give each partition's reply as it comes; in the end those that did not come."""
         asked, messages, sent_to = {}, [], []
@@ -189,7 +200,7 @@ class GridEngine:
                 nobody = {c.index: Asked(c.name, 0) for c in clients}
                 yield partition, replies.failed(nobody, "dropped", f"there is no node of partition {partition}")
                 continue
-            blob, asked[partition] = self._request(work, clients)
+            blob, asked[partition] = request(clients)
             messages.append(mail.request(node, work.number, blob, self.seconds + 60))
             sent_to.append(partition)
         waiting = dict(zip(self.grid.push_messages(messages) if messages else (), sent_to, strict=True))
@@ -198,24 +209,30 @@ class GridEngine:
             for message in self.grid.pull_messages(list(waiting)):
                 partition = waiting.pop(message.metadata.reply_to_message_id, None)
                 if partition is not None:
-                    yield partition, self._read(message, asked[partition])
+                    yield (
+                        partition,
+                        self._read(work, message, asked[partition]),
+                    )
             if waiting:
                 time.sleep(self.poll)
         for partition in waiting.values():
             yield partition, replies.failed(asked[partition], "late", f"no answer within {self.seconds:g} s")
 
-    def _request(self, work: RoundWork, clients: Sequence[Client]) -> tuple[bytes, dict[int, Asked]]:
+    def _round(self, work: RoundWork, clients: Sequence[Client]) -> tuple[bytes, dict[int, Asked]]:
         """One node's message: the broadcast once, or what each client receives."""
         parts = [work.downlink(c.index) for c in clients] if work.algorithm.samples else [work.down]
-        last = [[c.index, self._accepted.get(c.index, 0)] for c in clients]
-        header = {"ask": "round", **self._header(work), "number": work.number, "clients": last}
         asked = {c.index: Asked(c.name, len(parts[k % len(parts)])) for k, c in enumerate(clients)}
-        return bundle.pack(header, parts), asked
+        return self.blob(work, "round", clients, parts), asked
+
+    def blob(self, work: RoundWork, ask: str, clients: Sequence[Client], parts: Sequence[bytes]) -> bytes:
+        """A request to one node."""
+        last = [[c.index, self._accepted.get(c.index, 0)] for c in clients]
+        return bundle.pack({"ask": ask, **self._header(work), "number": work.number, "clients": last}, parts)
 
     def _header(self, work: RoundWork) -> dict[str, Any]:
         return {"run": self.run, "seed": work.seed, "rounds": work.rounds, "cohort": work.cohort}
 
-    def _read(self, message: Any, asked: Mapping[int, Asked]) -> replies.Reply:
+    def _read(self, work: RoundWork, message: Any, asked: Mapping[int, Asked]) -> replies.Reply:
         """A reply from Flower: an error of its own, or a blob."""
         if message.has_error():
             reason = f"Flower's error {message.error.code}: {message.error.reason}"
@@ -224,4 +241,4 @@ class GridEngine:
             blob = mail.blob(message)
         except ValueError as error:
             return replies.failed(asked, "rejected", f"the node's reply {error}")
-        return replies.read(blob, asked, self.most_examples)
+        return replies.read(blob, asked, 0 if work.algorithm.secure else self.most_examples)

@@ -3,6 +3,8 @@
 Client i of the federation lives on the node of partition i % partitions. A request names the clients and what they
 receive; the reply has one entry a client, with its payload or with the text of the error that its training raised.
 
+Under secure=... a round is several requests, and uploads are masked: secure_node.py.
+
 A client's personal state stays on the node's disk, in `state`/RUN/client-I, and is that of the client's last upload
 which the server accepted: a request says which round that was.
 """
@@ -25,7 +27,7 @@ from fedprior.codecs import schema_of
 from fedprior.cohort import Availability
 from fedprior.core import Client, Params, Population
 from fedprior.engines.sequential import torch_threads
-from fedprior.federation import bundle
+from fedprior.federation import bundle, secure_node
 from fedprior.objective import Loss, Objective, PerExample
 from fedprior.round import RoundWork
 from fedprior.store import DiskStore, MemoryStore
@@ -34,6 +36,7 @@ Own = Population | Sequence[Client] | Mapping[int, Client]
 Data = Own | Callable[[int, int], Own]
 """Clients by their index in the federation, or (partition, partitions) -> the clients of that partition's node."""
 
+HIDDEN = {"examples": 0, "seconds": 0.0, "seconds_wire": 0.0}  # under secure=..., as they tell of a client's data
 TEXT, LONGEST = 4000, 1 << 26  # characters of an error that travels; bytes of a request's header
 
 
@@ -64,6 +67,8 @@ class Node:
             header, parts = bundle.unpack(request, LONGEST)
             if header.get("ask") == "hello":
                 return bundle.pack({"hello": self._hello(header, partition, partitions)})
+            if self.algorithm.secure is not None:
+                return self._secure(header, parts, partition, partitions)
             return self._round(header, parts, partition, partitions)
         except Exception as error:
             return bundle.pack({"failed": text(error)})
@@ -84,7 +89,34 @@ class Node:
             self._own[partition, partitions] = own
         return self._own[partition, partitions]
 
-    def _round(self, header: dict[str, Any], parts: list[bytes], partition: int, partitions: int) -> bytes:
+    def _secure(self, header: dict[str, Any], parts: list[bytes], partition: int, partitions: int) -> bytes:
+        """The reply to one stage of a round whose uploads are masked."""
+        if strangers := [i for i, _ in header["clients"] if i % partitions != partition]:
+            raise ValueError(f"clients {strangers[:5]} do not live on the node of partition {partition}")
+        path = Path(self.state).expanduser() / run_key(header["run"]) / "secure" / f"partition-{partition}"
+        made = secure_node.answer(header, parts, path)
+        if isinstance(made, secure_node.Session):
+            return self._round(header, parts[:1], partition, partitions, made)
+        entries, payloads = [], []
+        for index, _ in header["clients"]:
+            entry, payload = {"client": index, "status": "ok", **HIDDEN}, b""
+            try:
+                payload = made(index)
+            except ValueError as error:
+                entry = {"client": index, "status": "failed", "reason": text(error)}
+            entries.append(entry)
+            payloads.append(payload)
+        return bundle.pack({"clients": entries}, payloads)
+
+    def _round(
+        self,
+        header: dict[str, Any],
+        parts: list[bytes],
+        partition: int,
+        partitions: int,
+        session: secure_node.Session | None = None,
+    ) -> bytes:
+        """The reply to a request to train; `session` masks the uploads."""
         clients = self._clients(partition, partitions)
         store = NodeStore(Path(self.state).expanduser() / run_key(header["run"]), dict(header["clients"]))
         entries, payloads, work = [], [], None
@@ -93,6 +125,7 @@ class Node:
             if work is None or down is not work.down:
                 work = self._work(header, clients, partition).changed((header["number"], down, {}, None))
                 work.store, work.population = store, clients
+                work.layer = session and session.layer(work)
             entry, payload = self._train(work, store, index, partition, partitions)
             entries.append(entry)
             payloads.append(payload)
@@ -140,8 +173,8 @@ class Node:
             store.save(index, work.number, upload.state)
         except Exception as error:
             return {"client": index, "status": "failed", "reason": text(error)}, b""
-        seconds = {"seconds": upload.seconds, "seconds_wire": upload.seconds_wire}
-        return {"client": index, "status": "ok", "examples": upload.examples, **seconds}, upload.payload
+        told = {"examples": upload.examples, "seconds": upload.seconds, "seconds_wire": upload.seconds_wire}
+        return {"client": index, "status": "ok", **(HIDDEN if work.layer else told)}, upload.payload
 
 
 @dataclass

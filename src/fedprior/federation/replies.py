@@ -45,7 +45,7 @@ def failed(asked: Mapping[int, Asked], status: Any, reason: str) -> Reply:
 
 
 def read(blob: bytes, asked: Mapping[int, Asked], most_examples: int) -> Reply:
-    """The uploads in a reply; never an error."""
+    """The uploads in a reply; never an error. With `most_examples` 0, clients do not tell how many they have."""
     try:
         header, parts = bundle.unpack(blob, _ENTRY * (1 + len(asked)))
         if isinstance(header.get("failed"), str):
@@ -97,8 +97,8 @@ def _upload(index: int, asked: Asked, entry: Mapping[str, Any], payload: bytes, 
     wrong = ""
     if entry.get("status") != "ok":
         wrong = "neither ok nor failed"
-    elif type(examples) is not int or not 1 <= examples <= most:
-        wrong = f"its number of examples is {str(examples)[:40]}, and may be 1 to {most}"
+    elif type(examples) is not int or not min(1, most) <= examples <= most:
+        wrong = f"its number of examples is {str(examples)[:40]}, and may be {min(1, most)} to {most}"
     elif min(seconds, seconds_wire) < 0:
         wrong = "its seconds are no numbers of seconds"
     if wrong or not isinstance(examples, int):
