@@ -331,6 +331,18 @@ def test_what_a_node_refuses(tmp_path: Path) -> None:
     )
 
 
+def test_the_shares_of_a_smaller_roster_need_two_thirds_of_the_cohort_too(tmp_path: Path) -> None:
+    """7 of 9 clients have keys, 5 of them answered: two thirds of 7, and not of 9."""
+    ask = Asked(tmp_path)
+    ask.ids = ask.ids[:7]
+    ask.masked()
+    reasons, _ = ask("reveal", secure.request(ask.ids, ask.ids[:5]), ids=range(5))
+    assert len(reasons) == 5 and "5 of 9 clients are left, and 6 are needed" in reasons[0]
+    ask.head["number"] = 2
+    ask.masked()
+    assert not ask("reveal", secure.request(ask.ids, ask.ids[:6]), ids=range(6))[0]
+
+
 def test_a_resumed_federation_has_the_bits_of_one_that_was_never_stopped(tmp_path: Path) -> None:
     federated(SECURE, tmp_path, rounds=2)
     got, want = federated(SECURE, tmp_path, resume=True), simulated(SECURE)
