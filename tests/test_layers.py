@@ -158,38 +158,6 @@ def test_clipping_bounds_the_norm_and_keeps_the_direction(length: float) -> None
     assert torch.allclose(ratios, torch.full_like(ratios, min(1.0, 1 / length)), atol=1e-5)
 
 
-@pytest.mark.parametrize("sampling", ["fixed", "poisson"])
-def test_epsilon_is_that_of_dp_accounting(sampling: Any) -> None:
-    import dp_accounting as dp
-    from dp_accounting import rdp
-
-    privacy = Privacy(noise_multiplier=2.0, delta=1e-4, sampling=sampling).planned(10, 20, 500)
-    poisson = sampling == "poisson"
-    if poisson:
-        event: Any = dp.PoissonSampledDpEvent(20 / 500, dp.GaussianDpEvent(2.0))
-        relation = dp.NeighboringRelation.ADD_OR_REMOVE_ONE
-    else:  # to replace a client moves the sum by 2 C
-        event = dp.SampledWithoutReplacementDpEvent(500, 20, dp.GaussianDpEvent(1.0))
-        relation = dp.NeighboringRelation.REPLACE_ONE
-    want = rdp.RdpAccountant(neighboring_relation=relation).compose(dp.SelfComposedDpEvent(event, 10))
-    # a coarser list of orders can only be more careful
-    assert want.get_epsilon(1e-4) <= privacy.epsilon(10) * (1 + 1e-9) <= 1.05 * want.get_epsilon(1e-4)
-
-
-def test_the_target_finds_the_noise_and_the_records_show_what_is_spent() -> None:
-    result = go(replace(PLAIN, privacy=Privacy(20.0, delta=0.01)))
-    spent = [r.layer["epsilon"] for r in result.history]
-    assert spent == sorted(spent) and 0.95 * 20 < spent[-1] <= 20
-
-
-def test_a_run_stops_before_the_target() -> None:
-    result = go(replace(PLAIN, privacy=Privacy(20.0, noise_multiplier=1.0, delta=0.01)), rounds=50)
-    privacy: Any = result.algorithm.privacy
-    last = len(result.history)
-    assert 1 <= last < 50
-    assert privacy.epsilon(last) <= 20 < privacy.epsilon(last + 1)
-
-
 @pytest.mark.parametrize("secure, more", [(None, 1.0), (SecureSum(), (9 / 6) ** 0.5)], ids=["central", "distributed"])
 @pytest.mark.parametrize("quantile", [None, 0.5])
 def test_the_noise_has_its_deviation(secure: Any, more: float, quantile: float | None) -> None:

@@ -47,7 +47,7 @@ class Privacy:
         clip_rate: of an adaptive C.
         units: term -> what 1 means in its norm (clipping.py); terms that are not named have 1.
         sampling: "fixed": cohorts of one size, without replacement; "poisson": each client with the same probability.
-        accountant: "rdp", or "pld" for Poisson cohorts, which takes about half a second a round.
+        accountant: "rdp", or "pld", which is tighter and takes up to a second a round.
         cohort, population: of the run, once it begins.
     """
 
@@ -79,8 +79,6 @@ class Privacy:
         for name, kind in (("sampling", Sampling), ("accountant", Accountant)):
             if getattr(self, name) not in get_args(kind):
                 raise ValueError(f"{name} must be one of {', '.join(get_args(kind))}, got {getattr(self, name)!r}")
-        if self.accountant == "pld" and self.sampling == "fixed":
-            raise ValueError("accountant='pld' needs sampling='poisson': for fixed cohorts there is 'rdp' alone")
 
     def __str__(self) -> str:
         shown = {k: v for k, v in vars(self).items() if v not in (None, (), 0) and k not in ("cohort", "population")}
