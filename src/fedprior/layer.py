@@ -6,7 +6,7 @@ A layer is made for one round. Engines know nothing of it: what `receive` return
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
@@ -94,14 +94,14 @@ class Setting:
 
             layout(self, 0, eta, self.algorithm.privacy.clip if self.algorithm.privacy else 0.0)
 
-    def layer(self, number: int, eta: Eta, server: Params, ids: Sequence[int]) -> Any:
+    def layer(self, number: int, eta: Eta, server: Params, stages: Mapping[int, str]) -> Any:
         """The layer of one round, None for most algorithms.
 
         Args:
             number: of the round.
             eta: as the clients decode it.
             server: the server step's state.
-            ids: the clients' own indices.
+            stages: of secure sums: the clients' own indices, and where each one stops, "" if nowhere.
         """
         algorithm = self.algorithm
         if algorithm.robust is not None:
@@ -113,7 +113,7 @@ class Setting:
         if algorithm.secure is not None:
             from fedprior.privacy.sealed import Sealed
 
-            return Sealed.begin(self, number, eta, most, ids)
+            return Sealed.begin(self, number, eta, most, stages)
         if privacy is not None:
             from fedprior.privacy.central import Central
 
