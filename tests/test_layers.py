@@ -24,6 +24,7 @@ from fedprior.rng import generator
 
 CLIENTS = classification_clients((8, 9, 14, 7, 6, 11, 20, 5, 9))
 MODEL = fp.models.mlp(4, (6,), 3)
+pytestmark = pytest.mark.filterwarnings("ignore::fedprior.privacy.NoiseWarning")  # nine clients alone
 PLAIN = fp.fedavg(0.1, weighting="uniform")
 SECURE = replace(PLAIN, secure=SecureSum())
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -19,14 +20,19 @@ from cases import classification_clients, close, equal, without_seconds
 from fedprior import Client, Examples, checkpoint, engines, tree
 from fedprior.cohort import sample
 from fedprior.core import Params
-from fedprior.privacy import Privacy, SecureSum
-from fedprior.privacy.dp import STATE
+from fedprior.privacy import NoiseWarning, Privacy, SecureSum
+from fedprior.privacy.dp import DROWNED, STATE
 from fedprior.rng import generator
 
 CLIENTS = classification_clients((8, 9, 14, 7, 6, 11, 20, 5, 9))
 MODEL = fp.models.mlp(4, (6,), 3)
 PLAIN = fp.fedavg(0.1, weighting="uniform")
 RELATION = dp.NeighboringRelation
+
+
+pytestmark = pytest.mark.filterwarnings(
+    "ignore::fedprior.privacy.NoiseWarning"
+)  # nine clients, and noise for thousands
 
 
 def go(algorithm: fp.Algorithm, rounds: int = 3, clients: Any = CLIENTS, **fields: Any) -> fp.Result:
@@ -223,3 +229,42 @@ def test_a_run_stops_before_it_exceeds_the_target(tmp_path: Path, sampling: Any,
     assert result.history[-1].layer["epsilon"] == privacy.epsilon(last) <= 20 < privacy.epsilon(last + 1)
     again = go(replace(PLAIN, privacy=wish), rounds=50, out=tmp_path, resume=True)
     assert len(again.history) == last and equal(again.params, result.params)
+
+
+@pytest.mark.parametrize("secure, more", [(None, 1.0), (SecureSum(), (9 / 6) ** 0.5)], ids=["central", "distributed"])
+@pytest.mark.parametrize("quantile", [None, 0.5])
+def test_noise_that_drowns_the_signal_is_warned_of_before_round_one(
+    secure: Any, more: float, quantile: float | None
+) -> None:
+    """|noise| is about z C sqrt(entries), |sum| is m C at most; the cohort that is named makes their ratio DROWNED."""
+    entries = sum(p.numel() for p in MODEL.parameters())
+    for times, warned in ((0.9, False), (1.1, True)):
+        most = times * DROWNED * 9 / entries**0.5 / more  # the message's noise, at a ratio of `times` DROWNED
+        z = most if quantile is None else (most**-2 + (2 * 9 / 20) ** -2) ** -0.5
+        algorithm = replace(PLAIN, secure=secure, privacy=Privacy(noise_multiplier=z, delta=0.01, quantile=quantile))
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            go(algorithm, rounds=1)
+        texts = [str(w.message) for w in caught if issubclass(w.category, NoiseWarning)]
+        assert len(texts) == warned
+        for text in texts:
+            assert f"{times * DROWNED:.2g} times" in text and f"{entries:,} entries" in text
+            assert f"with this noise {math.ceil(1.1 * 9)} would do" in text
+            assert all(advice in text for advice in ("larger cohort", "fewer rounds", "larger target_epsilon"))
+            assert caught[0].filename == __file__  # of who called run
+
+
+def test_a_drowned_model_is_at_chance_and_one_below_the_line_is_not() -> None:
+    """What the line is for: the same run with a twentieth of DROWNED, and with ten times of it."""
+    train, test = fp.data.load("digits")
+    clients = fp.data.iid(train, clients=20, seed=0)
+    model, found = fp.models.softmax(64, 10), {}
+    for times in (0.05, 10.0):
+        z = times * DROWNED * 20 / 650**0.5
+        private = replace(
+            fp.fedavg(0.2, weighting="uniform"), privacy=Privacy(noise_multiplier=z, delta=0.01, clip=0.3)
+        )
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", NoiseWarning)
+            found[times] = fp.run(private, model, clients, rounds=20, test=test, evaluate_every=20).accuracy
+    assert found[0.05] > 0.75 > 0.4 > found[10.0], found

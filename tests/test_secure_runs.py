@@ -19,6 +19,7 @@ from fedprior.privacy.masks import KEYS_BYTES
 
 CLIENTS = classification_clients((8, 9, 14, 7, 6, 11, 20, 5, 9))
 MODEL = fp.models.mlp(4, (6,), 3)
+pytestmark = pytest.mark.filterwarnings("ignore::fedprior.privacy.NoiseWarning")  # nine clients alone
 PLAIN = fp.fedavg(0.1, weighting="uniform")
 SECURE = replace(PLAIN, secure=SecureSum())
 BEFORE = ("keys", "shares", "masked")

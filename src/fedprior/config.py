@@ -43,6 +43,7 @@ RULES: Mapping[str, Callable[..., robust.Rule]] = {
     "krum": robust.Krum,
     "norm_bound": robust.NormBound,
     "norm_clip": robust.NormClip,
+    "centred_clip": robust.CentredClip,
 }
 TABLES = ("csv", "parquet")
 PARTITIONS = ("dirichlet", "iid", "shards", "by_key")
