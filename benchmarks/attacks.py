@@ -1,6 +1,6 @@
 """Accuracy under attack: rules of robust.py and the plain sum, with a fifth of the clients hostile.
 
-    python benchmarks/attacks.py [RULE ...] [--rounds 20] [--alpha 1.0] [--seeds 3]
+    python benchmarks/attacks.py [RULE ...] [--rounds 12] [--alpha 1.0] [--seeds 3]
 
 Setting: softmax regression (7,850 parameters: small, so that the table takes minutes) on 6,000 examples of Fashion-
 MNIST, 30 clients, all of them every round, 6 of them hostile; Dirichlet(alpha), FedAvg with one vote a client, lr 0.1,
@@ -91,7 +91,7 @@ def main() -> None:
     """Print the table, a line a rule."""
     parser = argparse.ArgumentParser()
     parser.add_argument("rules", nargs="*", choices=[*RULES, []], default=list(RULES))
-    parser.add_argument("--rounds", type=int, default=20)
+    parser.add_argument("--rounds", type=int, default=12)
     parser.add_argument("--alpha", type=float, default=1.0)
     parser.add_argument("--seeds", type=int, default=3)
     args = parser.parse_args()

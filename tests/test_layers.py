@@ -242,3 +242,40 @@ def test_rules_are_what_a_loop_says() -> None:
 
 def test_the_mean_as_a_rule_is_the_plain_run() -> None:
     assert close(go(replace(PLAIN, robust=robust.Mean())).params, go(PLAIN).params, 1e-5)
+
+
+@pytest.mark.parametrize("scale", [-1e3, -1.0, 1e3, 1e30])
+def test_a_lie_moves_a_centred_mean_by_no_more_than_an_honest_client(scale: float) -> None:
+    """A step adds terms of a norm r at most, of n: two liars move it by 2 r / n, whatever they say."""
+    rule = robust.CentredClip(steps=1)
+    estimate, why = rule.combine(torch.cat([ROWS[:8], scale * ROWS[8:]]))
+    assert why == [""] * 10
+    rows = torch.cat([ROWS[:8], scale * ROWS[8:]])
+    centre, _ = robust.Median().combine(rows)
+    lengths = (rows - centre).norm(dim=1)
+    radius = float(lengths.quantile(0.5))
+    want = centre.clone()
+    for row, length in zip(rows, lengths.tolist(), strict=True):
+        want = want + (row - centre) * min(1.0, radius / length) / 10
+    assert torch.allclose(estimate, want)
+    honest = centre + sum((row - centre) * min(1.0, radius / float((row - centre).norm())) for row in rows[:8]) / 10
+    assert float((estimate - honest).norm()) <= 2 * radius / 10 * (1 + 1e-12)
+
+
+def test_more_steps_of_a_centre_come_to_rest() -> None:
+    """Where the clipped differences to it add up to nothing."""
+    estimate, _ = robust.CentredClip(steps=200).combine(ROWS)
+    further, _ = robust.CentredClip(steps=201).combine(ROWS)
+    assert torch.allclose(estimate, further, atol=1e-9)
+    assert not torch.allclose(estimate, robust.CentredClip(steps=1).combine(ROWS)[0], atol=1e-4)
+    with pytest.raises(ValueError, match="steps >= 1"):
+        robust.CentredClip(steps=0)
+
+
+def test_a_bound_on_norms_drops_what_is_longer_and_keeps_a_flipped_sign() -> None:
+    """Why the norm bound is no defence against lies of a possible size: (n - f - f) / n of the step is left."""
+    row = ROWS[:1]
+    flipped, why = robust.NormBound().combine(torch.cat([row.expand(8, -1), -row.expand(2, -1)]))
+    assert torch.allclose(flipped, (10 - 2 - 2) / 10 * row[0]) and why == [""] * 10
+    scaled, why = robust.NormBound().combine(torch.cat([row.expand(8, -1), -3 * row.expand(2, -1)]))
+    assert torch.allclose(scaled, row[0]) and [bool(w) for w in why] == [False] * 8 + [True] * 2
