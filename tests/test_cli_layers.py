@@ -162,3 +162,12 @@ def test_a_run_goes_on_under_its_own_layer_alone(tmp_path: Path) -> None:
     path.write_text(FIVE.replace("rounds = 3", "rounds = 5"))
     line = refused("run", path, *target, "--resume", tmp_path / "target")
     assert "its noise was found for 4 rounds, and rounds is 5" in line
+
+
+def test_noise_that_drowns_the_signal_is_one_line_on_stderr(tmp_path: Path) -> None:
+    path = tmp_path / "my.toml"
+    path.write_text(FIVE)
+    flags = ["--delta", "0.01", "--quiet", "--out"]
+    loud = call("run", path, "--noise-multiplier", "100", *flags, tmp_path / "loud").stderr
+    assert loud.count("\n") == 1 and loud.startswith("fedprior: the noise of a round has ")
+    assert call("run", path, "--noise-multiplier", "0.02", *flags, tmp_path / "low").stderr == ""
