@@ -1,6 +1,7 @@
 """What is printed in the docs is run: every python block of a page, in order, in one namespace."""
 
 import re
+import tomllib
 from dataclasses import replace
 from pathlib import Path
 
@@ -9,6 +10,7 @@ from torch import nn
 
 import fedprior as fp
 from cases import classification_clients, redraw
+from fedprior import config
 from fedprior.privacy.secure_sum import SecureSum
 
 ROOT = Path(__file__).parent.parent
@@ -27,6 +29,12 @@ def test_python_blocks_run(page, tmp_path, monkeypatch):
     namespace: dict = {"__name__": "docs"}
     for block in blocks:
         exec(compile(block, page.name, "exec"), namespace)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)
+def test_toml_blocks_are_configurations(page, tmp_path):
+    for block in re.findall(r"^```toml\n(.*?)^```", page.read_text(), re.M | re.S):
+        assert config.parse(tomllib.loads(block), tmp_path).sections().keys() >= tomllib.loads(block).keys()
 
 
 SUMMARY = r"^ *(\w+): nats ([\d.]+), accuracy ([\d.]+); ([\d.]+) MB up, ([\d.]+) MB down, ([\d,]+) of"

@@ -8,7 +8,6 @@ from __future__ import annotations
 import json
 import sys
 import time
-from dataclasses import replace
 from importlib.resources import files
 from importlib.util import find_spec
 from pathlib import Path
@@ -20,12 +19,13 @@ from rich.table import Table
 import fedprior
 from fedprior import compare as comparing
 from fedprior import config as configs
-from fedprior import federate, finished, listings
+from fedprior import federate, finished, listings, options
 from fedprior.engines import leads
 from fedprior.records import read, warning
 from fedprior.refusals import interruptible, one_line
 from fedprior.rows import Row, cells
 from fedprior.run import RECORDS
+from fedprior.values import known_name
 
 app = typer.Typer(
     help="Federated learning in which the prior is the algorithm.",
@@ -61,25 +61,27 @@ def _root(
     """Federated learning in which the prior is the algorithm."""
 
 
-Config = Annotated[str, typer.Argument(help="A TOML file, or the name of a preset.", show_default=False)]
-Out = Annotated[Path | None, typer.Option(help="Folder for the results.", show_default="runs/DATE-TIME-NAME")]
-Again = Annotated[Path | None, typer.Option(help="Go on with the run in this folder.", show_default="a new run")]
-RunEngine = Annotated[
-    str | None, typer.Option("--engine", help="How clients are run.", show_default="that of the file, auto")
-]
-Quiet = Annotated[bool, typer.Option("--quiet", help="No progress bar and no table.")]
-
-
 @app.command()
 @one_line
-def run(config: Config, out: Out = None, resume: Again = None, engine: RunEngine = None, quiet: Quiet = False) -> None:
+def run(
+    config: options.Config,
+    out: options.Out = None,
+    resume: options.Again = None,
+    engine: options.RunEngine = None,
+    weighting: options.Weighting = None,
+    secure: options.Secure = False,
+    target_epsilon: options.Epsilon = None,
+    noise_multiplier: options.Noise = None,
+    delta: options.Delta = None,
+    clip: options.Clip = None,
+    robust: options.Rule = None,
+    quiet: options.Quiet = False,
+) -> None:
     """Run one TOML configuration; `torchrun --nproc-per-node=N -m fedprior run ...` runs it in N processes."""
     if resume is not None and out is not None:
         raise ValueError("--resume DIR writes into DIR: leave out --out")
     path = _find_config(config)
-    wanted = configs.read(path)
-    if engine is not None:
-        wanted = replace(wanted, run=replace(wanted.run, engine=engine))
+    wanted = configs.changed(configs.read(path), options.sections(locals()))
     experiment = comparing.build(wanted)
     folder = resume or out or _new_folder(path.stem)
     if not leads():  # rank 0 looks after the folder, and prints
@@ -102,7 +104,7 @@ def _find_config(name: str) -> Path:
     if Path(name).exists() or name.endswith(".toml"):
         return Path(name)
     folder = Path(str(files("fedprior") / "presets"))
-    configs.known_name("TOML file or preset", name, sorted(p.stem for p in folder.glob("*.toml")))
+    known_name("TOML file or preset", name, sorted(p.stem for p in folder.glob("*.toml")))
     return folder / f"{name}.toml"
 
 
@@ -110,67 +112,40 @@ def _new_folder(name: str) -> Path:
     return Path("runs") / f"{time.strftime('%Y-%m-%d-%H%M%S')}-{name}"
 
 
-_OWN = "the algorithm's own"
-Dataset = Annotated[str, typer.Argument(help="A data set (see `fedprior data`), or a .csv or .parquet file.")]
-Algorithms = Annotated[
-    str, typer.Option(help="Names with commas between (see `fedprior algorithms`); auto: three that suit the data set.")
-]
-Rounds = Annotated[int, typer.Option(help="Rounds of each algorithm.")]
-Clients = Annotated[int, typer.Option(help="Clients that share the data; by_key has one for each key.")]
-Cohort = Annotated[int, typer.Option(help="Clients sampled each round.")]
-Scheme = Annotated[str, typer.Option(help="dirichlet, iid, shards or by_key; auto: by_key if the data have keys.")]
-Alpha = Annotated[float, typer.Option(help="Of dirichlet: the smaller, the fewer labels a client has.")]
-Holdout = Annotated[float, typer.Option(help="Fraction of each client's examples kept for its evaluation.")]
-Seed = Annotated[int, typer.Option(help="All randomness derives from it.")]
-Model = Annotated[str, typer.Option(help="lenet, mlp, softmax, char_gru or char_transformer; auto: by data set.")]
-Rate = Annotated[float | None, typer.Option(help="Clients' learning rate.", show_default=_OWN)]
-Epochs = Annotated[int | None, typer.Option(help="Local epochs.", show_default=_OWN)]
-Batch = Annotated[int | None, typer.Option(help="Local batch size.", show_default=_OWN)]
-Every = Annotated[int, typer.Option(help="Rounds between evaluations on the test set.")]
-Dropout = Annotated[float, typer.Option(help="Probability that a sampled client never answers.")]
-Deadline = Annotated[float | None, typer.Option(help="Simulated seconds a round waits.", show_default="for all")]
-Engine = Annotated[str, typer.Option(help="How clients are run: auto, sequential, workers or torchrun.")]
-Threads = Annotated[int, typer.Option(help="PyTorch's threads while clients train, with --engine sequential.")]
-Folder = Annotated[str, typer.Option(help="Where the data set's files are; none: the usual places.")]
-Target = Annotated[str, typer.Option(help="Column to predict, of a .csv or .parquet file.")]
-Owner = Annotated[str, typer.Option(help="Column that says whose a row is, of a .csv or .parquet file.")]
-Resume = Annotated[bool, typer.Option("--resume", help="Go on with the comparison in --out.")]
-
-
 @app.command()
 @one_line
 def compare(
-    dataset: Dataset,
-    algorithms: Algorithms = "auto",
-    rounds: Rounds = 100,
-    clients: Clients = 100,
-    cohort: Cohort = 10,
-    partition: Scheme = "auto",
-    alpha: Alpha = 1.0,
-    holdout: Holdout = 0.0,
-    seed: Seed = 0,
-    model: Model = "auto",
-    lr: Rate = None,
-    epochs: Epochs = None,
-    batch_size: Batch = None,
-    evaluate_every: Every = 1,
-    dropout: Dropout = 0.0,
-    deadline_seconds: Deadline = None,
-    engine: Engine = "auto",
-    threads: Threads = 1,
-    folder: Folder = "none",
-    target: Target = "none",
-    client: Owner = "none",
-    out: Out = None,
-    resume: Resume = False,
-    quiet: Quiet = False,
+    dataset: options.Dataset,
+    algorithms: options.Algorithms = "auto",
+    rounds: options.Rounds = 100,
+    clients: options.Clients = 100,
+    cohort: options.Cohort = 10,
+    partition: options.Scheme = "auto",
+    alpha: options.Alpha = 1.0,
+    holdout: options.Holdout = 0.0,
+    seed: options.Seed = 0,
+    model: options.Model = "auto",
+    lr: options.Rate = None,
+    epochs: options.Epochs = None,
+    batch_size: options.Batch = None,
+    evaluate_every: options.Every = 1,
+    dropout: options.Dropout = 0.0,
+    deadline_seconds: options.Deadline = None,
+    engine: options.Engine = "auto",
+    threads: options.Threads = 1,
+    folder: options.Folder = "none",
+    target: options.Target = "none",
+    client: options.Owner = "none",
+    out: options.Out = None,
+    resume: options.Resume = False,
+    quiet: options.Quiet = False,
 ) -> None:
     """Run algorithms on the same clients and the same initial model; table, results.json and report.html."""
     given = locals()
     if resume and out is None:
         raise ValueError("--resume needs --out, the folder of the comparison to go on with")
     _compare(
-        [_config(given, name) for name in _names(algorithms, dataset)],
+        [options.config(given, name) for name in _names(algorithms, dataset)],
         out or _new_folder(Path(dataset).stem),
         resume,
         quiet,
@@ -208,23 +183,6 @@ def _warn(folder: Path, row: Row) -> None:
     """A line on stderr if uploads were refused or rounds went by without an update."""
     if text := warning(read(folder / RECORDS)):
         typer.echo(f"fedprior: {row['algorithm']}: {text}", err=True)
-
-
-def _config(given: dict[str, Any], name: str) -> configs.Config:
-    """The options of compare as one algorithm's configuration; base is the current folder."""
-    kind = Path(given["dataset"]).suffix[1:]
-    table = kind in configs.TABLES
-    source = {key: given[key] for key in ("folder", "target", "client", "partition", "clients", "alpha", "holdout")}
-    source |= {"name": kind, "path": given["dataset"]} if table else {"name": given["dataset"]}
-    own = {key: given[key] for key in ("lr", "epochs", "batch_size") if given[key] is not None}
-    sections = {
-        "run": {key: given[key] for key in ("rounds", "cohort", "seed", "evaluate_every", "engine", "threads")},
-        "data": source,
-        "model": {"name": given["model"]},
-        "algorithm": {"name": name, **own},
-        "availability": {key: given[key] for key in ("dropout", "deadline_seconds")},
-    }
-    return configs.parse(sections, Path.cwd())
 
 
 def _report(folder: Path) -> str:

@@ -17,7 +17,8 @@ class Availability:
     once per client: a slow device is slow in every round.
 
     Attributes:
-        dropout: probability that a sampled client never answers.
+        dropout: probability that a sampled client never answers. Under secure sums it falls silent at one of their
+            stages before the upload, each as likely, and after it, at the last stage, with a third of the probability.
         deadline_seconds: simulated seconds after which an answer is refused; None waits for all.
         seconds_per_example: of the median device.
         slowness: standard deviation of the logarithm of a device's time.
@@ -45,6 +46,13 @@ class Availability:
         g = numpy_generator(seed, index, "device").standard_normal()
         seconds = examples * self.seconds_per_example * math.exp(self.slowness * g)
         return "late" if seconds > self.deadline_seconds else "ok"
+
+    def stage(self, seed: int, number: int, index: int, status: str) -> str:
+        """At which message of a secure sum (privacy/secure.py) a client of this `status` stops; "" for none."""
+        rng = numpy_generator(seed, number, index, "stage")
+        if status == "dropped":
+            return ("keys", "shares", "masked")[int(rng.integers(3))]
+        return "reveal" if status == "ok" and self.dropout and rng.random() < self.dropout / 3 else ""
 
 
 def sample(seed: int, number: int, population: int, cohort: int, poisson: bool = False) -> list[int]:

@@ -16,7 +16,7 @@ from safetensors.torch import save
 from torch import nn
 
 from fedprior import config as configs
-from fedprior import data, planning
+from fedprior import data, layer, planning
 from fedprior.algorithm import Algorithm
 from fedprior.checkpoint import INDEX
 from fedprior.checks import check_device, check_sizes
@@ -174,10 +174,16 @@ def execute(experiment: Experiment, folder: Path, resume: bool = False, progress
 
 
 def planned(experiment: Experiment, objective: Objective) -> Algorithm:
-    """The algorithm as it runs, with its groups and its schedule; a ValueError for what the model does not allow."""
-    settings = experiment.config.run
-    algorithm = experiment.config.make_algorithm().bind(experiment.model, experiment.clients[0].train.x[:1])
-    return planning.plan(algorithm, objective.params(), settings.rounds, settings.cohort)
+    """The algorithm as it runs: groups, schedule, noise; a ValueError for what model, data and engine do not allow."""
+    settings, clients = experiment.config.run, experiment.clients
+    rounds, cohort = settings.rounds, settings.cohort
+    x = clients[0].train.x[:1]
+    algorithm, eta, schema = planning.prepare(experiment.config.make_algorithm(), objective, x, rounds, cohort)
+    if not algorithm.layered:
+        return algorithm
+    engine = named(settings.engine, settings.threads, settings.timeout_seconds)
+    setting = layer.Setting(algorithm, schema, cohort, settings.seed)
+    return layer.plan(setting, eta, objective, engine, rounds, len(clients))
 
 
 def finish(result: Result, folder: Path) -> Row:
@@ -214,6 +220,9 @@ def check_same(folder: Path, config: Config, algorithm: bool = True) -> None:
     if not (folder / TOML).exists():
         raise ValueError(f"{folder} holds no run: it has no {TOML}")
     before, now = configs.read(folder / TOML).sections(), config.sections()
+    if before.keys() != now.keys():
+        had, has = (", ".join(f"[{name}]" for name in some) for some in (before, now))
+        raise ValueError(f"cannot go on with {folder}: its sections were {had} and are now {has}")
     for section, keys in now.items():
         if section == "algorithm" and not algorithm:
             continue
@@ -221,6 +230,11 @@ def check_same(folder: Path, config: Config, algorithm: bool = True) -> None:
             old, new = before[section].get(key), keys.get(key)
             if old != new and key not in _FREE.get(section, ()):
                 raise ValueError(f"cannot go on with {folder}: {key} in [{section}] was {old!r} and is now {new!r}")
+    rounds, private = before["run"]["rounds"], config.privacy
+    if private is not None and private.noise_multiplier is None and rounds != config.run.rounds:
+        raise ValueError(
+            f"cannot go on with {folder}: its noise was found for {rounds} rounds, and rounds is {config.run.rounds}"
+        )
     done = len(read(folder / RECORDS))
     if algorithm and done > config.run.rounds:
         raise ValueError(f"cannot go on with {folder}: it has {done} rounds already, and rounds is {config.run.rounds}")
@@ -235,23 +249,28 @@ def compare(
 ) -> list[Row]:
     """Run each algorithm into folder/NAME, and write the rows of all to folder/results.json after each."""
     experiments = [replace(experiment, config=replace(experiment.config, algorithm=call)) for call in algorithms]
-    for e in experiments:
-        planned(e, Objective(e.model, e.loss))
+    ready = [planned(e, Objective(e.model, e.loss)) for e in experiments]
     for path in sorted(folder.glob(f"*/{TOML}")):
         for e in experiments:
             if holds_run(path.parent):
                 check_same(path.parent, e.config, algorithm=path.parent.name == e.config.algorithm.name)
     rows = read_rows(folder)
-    for e in experiments:
+    for e, algorithm in zip(experiments, ready, strict=True):
         place = folder / e.config.algorithm.name
         done = read_rows(place)
-        budget, rounds = e.config.make_algorithm().budget, e.config.run.rounds
-        spent = bool(done) and budget is not None and budget.spent(read(place / RECORDS), e.config.run.cohort)
-        finished = bool(done) and (done[0]["rounds"] == rounds or spent)
+        finished = bool(done) and (done[0]["rounds"] == e.config.run.rounds or _spent(algorithm, place, e.config))
         rows = _replaced(rows, done[0] if finished else execute(e, place, resume, progress))
         if leads():
             write_json(folder / RESULTS, rows)
     return rows
+
+
+def _spent(algorithm: Algorithm, folder: Path, config: Config) -> bool:
+    """Has the run used up its bytes, or its privacy?"""
+    history, budget, privacy = read(folder / RECORDS), algorithm.budget, algorithm.privacy
+    if privacy is not None and privacy.spent(len(history)):
+        return True
+    return budget is not None and budget.spent(history, config.run.cohort)
 
 
 def _replaced(rows: Iterable[Row], row: Row) -> list[Row]:

@@ -1,4 +1,4 @@
-"""A run as a TOML file: five flat sections, every key with a default, and nothing that is not understood.
+"""A run as a TOML file: flat sections, every key with a default, and nothing that is not understood.
 
     [run]           RunConfig: rounds, cohort, seed, ...
     [data]          DataConfig: the examples and how they are dealt out to clients
@@ -6,36 +6,50 @@
     [algorithm]     name, and the arguments of a constructor of fedprior.ALGORITHMS
     [availability]  the fields of fedprior.Availability
 
+and, for what stands between the uploads and their sum, none of which is there unless it is written:
+
+    [secure]        the fields of fedprior.privacy.SecureSum; may be empty
+    [privacy]       the fields of fedprior.privacy.Privacy
+    [robust]        name, and the arguments of a rule of RULES
+
 TOML has no null: the string "none" stands for it. Relative paths are those of the TOML file's folder.
 """
 
 from __future__ import annotations
 
-import difflib
 import inspect
-import json
-import math
 import tomllib
-import types
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+from typing import Any
 
 from torch import Tensor, nn
 
-from fedprior import data, models
+from fedprior import data, models, robust
 from fedprior.algorithm import Algorithm
 from fedprior.algorithms import ALGORITHMS
 from fedprior.cohort import Availability
 from fedprior.engines import ENGINES
+from fedprior.privacy import Privacy, SecureSum
+from fedprior.values import arguments, known_name, toml
 
 MODELS: Mapping[str, Callable[..., nn.Module]] = {
     f.__name__: f
     for f in (models.lenet, models.mlp, models.softmax, models.char_gru, models.char_transformer, models.rules)
 }
+RULES: Mapping[str, Callable[..., robust.Rule]] = {
+    "median": robust.Median,
+    "trimmed_mean": robust.TrimmedMean,
+    "krum": robust.Krum,
+    "norm_bound": robust.NormBound,
+    "norm_clip": robust.NormClip,
+    "centred_clip": robust.CentredClip,
+}
 TABLES = ("csv", "parquet")
 PARTITIONS = ("dirichlet", "iid", "shards", "by_key")
+_SECTIONS = ("run", "data", "model", "algorithm", "availability", "secure", "privacy", "robust")
+_OF_THE_RUN = ("cohort", "population")  # fields of Privacy that [run] and [data] say
 _AUTO = {"fashion-mnist": "lenet", "shakespeare": "char_gru"}
 _SMALL: Mapping[tuple[str, str], Mapping[str, Any]] = {("digits", "mlp"): {"hidden": (64,)}}
 
@@ -136,20 +150,34 @@ class Config:
     model: Call
     algorithm: Call
     availability: Availability
+    secure: SecureSum | None = None
+    privacy: Privacy | None = None
+    robust: Call | None = None
 
     def sections(self) -> dict[str, dict[str, Any]]:
         """Section -> key -> value, in the order of the file."""
+        layers: dict[str, dict[str, Any]] = {}
+        if self.secure is not None:
+            layers["secure"] = asdict(self.secure)
+        if self.privacy is not None:
+            fields = {k: v for k, v in vars(self.privacy).items() if k not in _OF_THE_RUN}
+            layers["privacy"] = {**fields, "units": dict(self.privacy.units)}
+        if self.robust is not None:
+            layers["robust"] = {"name": self.robust.name, **self.robust.arguments}
         return {
             "run": asdict(self.run),
             "data": asdict(self.data),
             "model": {"name": self.model.name, **self.model.arguments},
             "algorithm": {"name": self.algorithm.name, **self.algorithm.arguments},
             "availability": asdict(self.availability),
+            **layers,
         }
 
     def make_algorithm(self) -> Algorithm:
-        """What [algorithm] describes."""
-        return ALGORITHMS[self.algorithm.name](**self.algorithm.arguments)
+        """What [algorithm], [secure], [privacy] and [robust] describe."""
+        rule = None if self.robust is None else RULES[self.robust.name](**self.robust.arguments)
+        made = ALGORITHMS[self.algorithm.name](**self.algorithm.arguments)
+        return replace(made, secure=self.secure, privacy=self.privacy, robust=rule)
 
     def make_model(self) -> nn.Module:
         """What a resolved [model] describes."""
@@ -166,22 +194,32 @@ def read(path: Path) -> Config:
 
 def parse(sections: Mapping[str, Any], base: Path) -> Config:
     """A Config from the sections of a TOML file in the folder `base`; missing keys get their defaults."""
-    names = ("run", "data", "model", "algorithm", "availability")
     for name, section in sections.items():
-        known_name("section", name, names)
+        known_name("section", name, _SECTIONS)
         if not isinstance(section, Mapping):
             raise ValueError(f"{name!r} must be a section, [{name}], got {section!r}")
-    run, source, model, algorithm, availability = (dict(sections.get(name, {})) for name in names)
+    run, source, model, algorithm, availability = (dict(sections.get(name, {})) for name in _SECTIONS[:5])
     for key in ("folder", "path"):
         if isinstance(source.get(key), str) and source[key] != "none":
             source[key] = str(base / Path(source[key]).expanduser())
-    return Config(
+    config = Config(
         RunConfig(**arguments(RunConfig, run, "run")),
         DataConfig(**arguments(DataConfig, source, "data")),
         _model(model),
         _algorithm(algorithm),
         Availability(**arguments(Availability, availability, "availability")),
+        **_layers(sections),
     )
+    config.make_algorithm()
+    return config
+
+
+def changed(config: Config, sections: Mapping[str, Mapping[str, Any]]) -> Config:
+    """With other values for some keys; another rule in [robust] has arguments of its own."""
+    before = config.sections()
+    if "robust" in sections and sections["robust"].get("name") != before.get("robust", {}).get("name"):
+        before.pop("robust", None)
+    return parse(before | {name: before.get(name, {}) | dict(keys) for name, keys in sections.items()}, Path.cwd())
 
 
 def _model(section: dict[str, Any]) -> Call:
@@ -196,9 +234,24 @@ def _model(section: dict[str, Any]) -> Call:
 def _algorithm(section: dict[str, Any]) -> Call:
     name = section.pop("name", "fedavg")
     known_name("algorithm", name, ALGORITHMS)
-    call = Call(name, arguments(ALGORITHMS[name], section, "algorithm"))
-    ALGORITHMS[name](**call.arguments)
-    return call
+    return Call(name, arguments(ALGORITHMS[name], section, "algorithm"))
+
+
+def _layers(sections: Mapping[str, Any]) -> dict[str, Any]:
+    """What stands between the uploads and their sum, of the sections that are there."""
+    found: dict[str, Any] = {}
+    if "secure" in sections:
+        found["secure"] = SecureSum(**arguments(SecureSum, sections["secure"], "secure"))
+    if "privacy" in sections:
+        found["privacy"] = Privacy(**arguments(Privacy, sections["privacy"], "privacy", _OF_THE_RUN))
+    if "robust" in sections:
+        section = dict(sections["robust"])
+        known_name("name in [robust]", name := section.pop("name", "none"), RULES)
+        rule = Call(name, arguments(RULES[name], section, "robust"))
+        if name == "krum" and "attackers" not in rule.arguments:
+            raise ValueError('the rule "krum" needs the most hostile clients of a cohort: write attackers in [robust]')
+        found["robust"] = rule
+    return found
 
 
 def resolve(model: Call, dataset: str, x: Tensor, outputs: int, seed: int) -> Call:
@@ -212,69 +265,9 @@ def resolve(model: Call, dataset: str, x: Tensor, outputs: int, seed: int) -> Ca
     return Call(name, arguments(MODELS[name], given, "model"))
 
 
-def arguments(function: Callable[..., Any], given: Mapping[str, Any], section: str) -> dict[str, Any]:
-    """All arguments of `function` by name: those given, checked against its annotations, and its defaults."""
-    parameters, hints = inspect.signature(function).parameters, get_type_hints(function)
-    for key in given:
-        known_name(f"key in [{section}]", key, parameters)
-    values = {}
-    for name, parameter in parameters.items():
-        if name in given:
-            values[name] = _value(hints[name], given[name], f"{name} in [{section}]")
-        elif parameter.default is not parameter.empty:
-            values[name] = parameter.default
-    return values
-
-
-def _value(hint: Any, value: Any, what: str) -> Any:
-    """`value` as its annotation wants it."""
-    options = get_args(hint) if get_origin(hint) in (Union, types.UnionType) else (hint,)
-    for option in options:
-        if option is types.NoneType and value in ("none", None):
-            return None
-        if get_origin(option) is Literal and value in get_args(option):
-            return value
-        if option is float and isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value):
-            return float(value)
-        if option in (int, str, bool) and type(value) is option and value != "none":
-            return value
-        if get_origin(option) is tuple and (items := _items(get_args(option), value)) is not None:
-            return items
-    wanted = " or ".join(getattr(o, "__name__", str(o)) if get_origin(o) is None else str(o) for o in options)
-    raise ValueError(f"{what} must be {wanted.replace('NoneType', chr(34) + 'none' + chr(34))}, got {value!r}")
-
-
-def _items(kinds: tuple[Any, ...], value: Any) -> tuple[Any, ...] | None:
-    """A tuple whose items are of these kinds, or None."""
-    if not isinstance(value, list | tuple):
-        return None
-    kinds = (kinds[0],) * len(value) if kinds[-1] is Ellipsis else kinds
-    fits = len(kinds) == len(value) and all(type(v) is kind for v, kind in zip(value, kinds, strict=True))
-    return tuple(value) if fits else None
-
-
-def known_name(what: str, name: Any, known: Iterable[str]) -> None:
-    """A ValueError with the known names, unless `name` is one of them."""
-    known = list(known)
-    if name not in known:
-        close = difflib.get_close_matches(str(name), known, n=1)
-        hint = f", did you mean {close[0]!r}?" if close else ";"
-        raise ValueError(f"unknown {what} {name!r}{hint} known: {', '.join(known)}")
-
-
 def to_toml(config: Config) -> str:
     """The inverse of `parse`."""
     lines = ["# again, with the same bits:  fedprior run THIS_FILE --out OTHER_FOLDER"]
     for name, section in config.sections().items():
-        lines += ["", f"[{name}]", *(f"{key} = {_toml(value)}" for key, value in section.items())]
+        lines += ["", f"[{name}]", *(f"{key} = {toml(value)}" for key, value in section.items())]
     return "\n".join(lines) + "\n"
-
-
-def _toml(value: Any) -> str:
-    if value is None:
-        return '"none"'
-    if isinstance(value, list | tuple):
-        return f"[{', '.join(map(_toml, value))}]"
-    if isinstance(value, str):
-        return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
-    return str(value).lower() if isinstance(value, bool) else repr(value)

@@ -29,11 +29,11 @@ from safetensors import SafetensorError
 from safetensors import torch as safetensors
 from torch import Tensor, nn
 
-from fedprior.config import known_name
 from fedprior.objective import Objective
 from fedprior.records import write_atomically
 from fedprior.result import Result
 from fedprior.slim import SIZED, resized
+from fedprior.values import known_name
 
 BATCHES = (1, 3, 64)
 

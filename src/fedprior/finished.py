@@ -28,7 +28,9 @@ def load(folder: Path) -> tuple[Result, Config]:
     config = _config(folder)
     saved = checkpoint.read(folder)
     done = 0 if saved is None else saved.number
-    spent = config.make_algorithm().budget is not None and (folder / RESULTS).exists()
+    made = config.make_algorithm()
+    may_stop = made.budget is not None or made.privacy is not None
+    spent = may_stop and (folder / RESULTS).exists()
     if saved is None or (done < config.run.rounds and not spent):
         again = f"fedprior run {folder / TOML} --resume {folder}"
         raise ValueError(f"{folder} has {done} of {config.run.rounds} rounds; to finish it: {again}")

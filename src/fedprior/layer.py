@@ -6,13 +6,15 @@ A layer is made for one round. Engines know nothing of it: what `receive` return
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import warnings
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 from fedprior.algorithm import Algorithm
 from fedprior.core import Eta, Params, Schema, Stats
 from fedprior.objective import Objective
+from fedprior.privacy.dp import NoiseWarning
 from fedprior.records import ClientRecord, Round
 
 LAYERS = ("secure", "privacy", "robust")
@@ -94,14 +96,28 @@ class Setting:
 
             layout(self, 0, eta, self.algorithm.privacy.clip if self.algorithm.privacy else 0.0)
 
-    def layer(self, number: int, eta: Eta, server: Params, ids: Sequence[int]) -> Any:
+    def warn(self, eta: Eta) -> None:
+        """A NoiseWarning before round one if noise drowns what the clients say."""
+        privacy = self.algorithm.privacy
+        if privacy is not None:
+            from fedprior.privacy.layout import kept
+
+            entries, more = sum(int(p.sum()) for p in kept(self.algorithm.prior, eta, self.schema).values()), 1.0
+            if self.algorithm.secure is not None:
+                from fedprior.privacy.masks import threshold_for
+
+                more = (self.cohort / threshold_for(self.cohort)) ** 0.5
+            if text := privacy.warning(entries, more):
+                warnings.warn(text, NoiseWarning, stacklevel=5)  # the caller of run
+
+    def layer(self, number: int, eta: Eta, server: Params, stages: Mapping[int, str]) -> Any:
         """The layer of one round, None for most algorithms.
 
         Args:
             number: of the round.
             eta: as the clients decode it.
             server: the server step's state.
-            ids: the clients' own indices.
+            stages: of secure sums: the clients' own indices, and where each one stops, "" if nowhere.
         """
         algorithm = self.algorithm
         if algorithm.robust is not None:
@@ -113,7 +129,7 @@ class Setting:
         if algorithm.secure is not None:
             from fedprior.privacy.sealed import Sealed
 
-            return Sealed.begin(self, number, eta, most, ids)
+            return Sealed.begin(self, number, eta, most, stages)
         if privacy is not None:
             from fedprior.privacy.central import Central
 
@@ -148,5 +164,7 @@ def plan(setting: Setting, eta: Eta, objective: Objective, engine: Any, rounds: 
         algorithm = replace(algorithm, privacy=algorithm.privacy.planned(rounds, cohort, population))
     if algorithm.secure is not None and cohort < 3:
         raise ValueError(f"a sum of {cohort} clients hides nothing: secure=... needs a cohort of 3 at least")
-    replace(setting, algorithm=algorithm).check(eta)
+    setting = replace(setting, algorithm=algorithm)
+    setting.check(eta)
+    setting.warn(eta)
     return algorithm

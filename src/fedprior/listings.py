@@ -13,8 +13,8 @@ from rich.console import Console
 from rich.table import Table
 
 from fedprior.algorithms import ALGORITHMS
-from fedprior.config import known_name
 from fedprior.data import available
+from fedprior.values import known_name
 
 
 def algorithms() -> None:

@@ -6,6 +6,7 @@ import dis
 import functools
 import os
 import signal
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,6 +15,7 @@ from typing import Any
 import typer
 
 from fedprior.engines import RankError, launched, leads
+from fedprior.privacy import NoiseWarning
 
 _PACKAGE = Path(__file__).parent
 
@@ -24,7 +26,8 @@ def one_line(command: Callable[..., None]) -> Callable[..., None]:
     @functools.wraps(command)
     def wrapped(*args: Any, **kwargs: Any) -> None:
         try:
-            command(*args, **kwargs)
+            with _warnings_as_lines():
+                command(*args, **kwargs)
         except (ValueError, OSError, ModuleNotFoundError) as error:
             if not _is_refusal(error):
                 raise
@@ -41,6 +44,24 @@ def one_line(command: Callable[..., None]) -> Callable[..., None]:
             raise typer.Exit(130) from error
 
     return wrapped
+
+
+@contextmanager
+def _warnings_as_lines() -> Iterator[None]:
+    """Warnings of fedprior's own are one line on stderr, once."""
+    show, told = warnings.showwarning, set[str]()
+
+    def line(message: Any, category: Any, *place: Any, **more: Any) -> None:
+        if not issubclass(category, NoiseWarning):
+            show(message, category, *place, **more)
+        elif leads() and str(message) not in told:
+            told.add(str(message))
+            typer.echo(f"fedprior: {message}", err=True)
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("always", NoiseWarning)
+        warnings.showwarning = line
+        yield
 
 
 @contextmanager

@@ -8,14 +8,20 @@ r"""Rules instead of the sum, for clients that are not trusted: Algorithm(robust
     NormClip        mean of x_s min(1, factor median|x| / |x_s|)      shrinks it
     Median          median over clients, entry by entry
     TrimmedMean     mean without the least and the largest share of the clients, entry by entry
+    CentredClip     v + mean of (x_s - v) min(1, r / |x_s - v|), `steps` times; v = the median at first,
+                    r = factor median|x - v|
     Krum            mean of the `keep` clients with the least sum of squared distances to their n - attackers - 2
                     nearest ones
+
+A bound on norms alone leaves lies of a possible size in: of n clients f that send -c x take n - f - c f of n votes.
+About a centre a lie counts for r / n, in whatever direction and of whatever size.
 
 Every client has one vote: numbers of examples are the clients' own word. Rules see uploads one by one, which secure
 aggregation and privacy of the sum rule out. What is no valid payload or not finite was refused before (codecs).
 
 Yin et al. 2018, arXiv:1803.01498 (median, trimmed mean); Blanchard et al. 2017, arXiv:1703.02757 (Krum);
-Sun et al. 2019, arXiv:1911.07963 (norms).
+Sun et al. 2019, arXiv:1911.07963 (norms); Karimireddy, He, Jaggi 2021, arXiv:2012.10333, algorithm 2 (centred; there v
+is the last round's at first, which a run that goes on would have to keep, and r is given).
 """
 
 from __future__ import annotations
@@ -68,7 +74,7 @@ class NormBound:
         factor: times the median norm.
     """
 
-    factor: float = 5.0
+    factor: float = 2.0
 
     def __post_init__(self) -> None:
         _positive(self)
@@ -102,6 +108,32 @@ class NormClip:
         norms = rows.norm(dim=1, keepdim=True)
         factor = self.factor * norms.quantile(0.5) / norms.clamp(min=1e-300)
         return (rows * factor.clamp(max=1)).mean(0), _all(rows)
+
+
+@dataclass(frozen=True)
+class CentredClip:
+    """The mean of rows that are pulled towards a centre, which moves to it.
+
+    Attributes:
+        factor: times the median distance to the centre.
+        steps: of the centre.
+    """
+
+    factor: float = 1.0
+    steps: int = 3
+
+    def __post_init__(self) -> None:
+        _positive(self)
+        if self.steps < 1:
+            raise ValueError(f"CentredClip needs steps >= 1, got {self.steps}")
+
+    def combine(self, rows: Tensor) -> tuple[Tensor, list[str]]:
+        """All rows, some of them nearer."""
+        centre, why = Median().combine(rows)
+        for _ in range(self.steps):
+            moved, _ = NormClip(self.factor).combine(rows - centre)
+            centre = centre + moved
+        return centre, why
 
 
 @dataclass(frozen=True)
@@ -162,7 +194,7 @@ class Krum:
         return rows[sorted(chosen)].mean(0), why
 
 
-def _positive(rule: NormBound | NormClip) -> None:
+def _positive(rule: NormBound | NormClip | CentredClip) -> None:
     if not 0 < rule.factor < float("inf"):
         raise ValueError(f"{type(rule).__name__} needs a finite factor > 0, got {rule.factor}")
 

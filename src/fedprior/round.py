@@ -96,9 +96,13 @@ class RoundWork:
         """The work with the layer of this round, if the algorithm has one; `indices` are of the cohort."""
         if not self.algorithm.layered:
             return self
-        ids = [self.key(i) for i in indices] if self.algorithm.secure else []
+        clients = [self.population[i] for i in indices] if self.algorithm.secure else []
+        stages = {c.index: self.availability.stage(self.seed, self.number, c.index, self._status(c)) for c in clients}
         setting = Setting(self.algorithm, self.up_schema, self.cohort, self.seed)
-        return replace(self, layer=setting.layer(self.number, self.common, server, ids))
+        return replace(self, layer=setting.layer(self.number, self.common, server, stages))
+
+    def _status(self, client: Client) -> Status:
+        return self.availability.status(self.seed, self.number, client.index, len(client.train))
 
     def changes(self) -> tuple[int, bytes, Params, Any]:
         """What differs from round to round, and a copy of an earlier round's work in another process lacks."""
@@ -143,11 +147,13 @@ class RoundWork:
     def client(self, index: int) -> Upload:
         """Receive, train, send."""
         client = self.population[index]
-        examples = len(client.train)
-        status = self.availability.status(self.seed, self.number, client.index, examples)
-        down = self.downlink(client.index)
+        if self.layer is not None and self.layer.seals and client.index in self.layer.lost:
+            return Upload(
+                client.index, client.name, len(client.train), "dropped", 0, reason=self.layer.lost[client.index]
+            )
+        status, down = self._status(client), self.downlink(client.index)
         if status != "ok":
-            return Upload(client.index, client.name, examples, status, len(down))
+            return Upload(client.index, client.name, len(client.train), status, len(down))
         try:
             return self._train(client, down)
         except Exception as error:

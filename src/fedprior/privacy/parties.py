@@ -7,12 +7,13 @@ The run's seed stands for the simulated clients' randomness, so that a run can b
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 from fedprior.privacy import secure
+from fedprior.privacy.masks import threshold_for
 from fedprior.privacy.secure import ClientState
 
 
@@ -43,75 +44,107 @@ class Parties(Protocol):
         ...
 
 
+class Agreed(NamedTuple):
+    """After keys and shares.
+
+    Attributes:
+        states: what each client knows; empty in a process that only masks.
+        roster, members: as in Parties; members are none if too few are left.
+        lost: who is not a member, and why.
+        up, down: bytes of keys and shares, by client.
+    """
+
+    states: Mapping[int, ClientState]
+    roster: bytes
+    members: Sequence[int]
+    lost: Mapping[int, str]
+    up: dict[int, int]
+    down: dict[int, int]
+
+
 @dataclass
 class Simulated:
     """Both sides of one round; keys and shares are made when they are first asked for.
 
     Attributes:
         seed, number: of the clients' randomness.
-        ids: of the cohort.
-        known: the roster, in a process that only masks.
+        stages: client of the cohort -> the message that it does not send any more: "keys", "shares", "masked",
+            "reveal", or "" for none.
+        known: what was agreed, in a process that only masks.
     """
 
     seed: int
     number: int
-    ids: Sequence[int]
-    known: bytes = b""
+    stages: Mapping[int, str]
+    known: Agreed | None = None
 
     @cached_property
-    def _agreed(self) -> tuple[dict[int, ClientState], dict[int, int], dict[int, int]]:
-        """What each client knows after the shares, and the bytes of keys and shares."""
-        states = {i: ClientState(i, _secret(self.seed, self.number, i)) for i in self.ids}
+    def agreed(self) -> Agreed:
+        """Keys and shares, as long as two thirds of the cohort are there, and three."""
+        if self.known is not None:
+            return self.known
+        least = max(3, threshold_for(len(self.stages)))
+        states = {i: ClientState(i, _secret(self.seed, self.number, i)) for i in self._speaking(self.stages, "keys")}
         keys = {i: secure.advertise(state) for i, state in states.items()}
         roster = secure.roster(keys)
-        states = {i: secure.enrol(state, roster) for i, state in states.items()}
-        sent = {i: secure.share(state) for i, state in states.items()}
-        boxes = secure.deliver(roster, sent)
-        up = {i: len(keys[i]) + len(sent[i]) for i in states}
-        down = {i: len(roster) + len(boxes[i]) for i in states}
-        return {i: secure.receive(states[i], box) for i, box in boxes.items()}, up, down
+        sent: dict[int, bytes] = {}
+        if len(keys) >= least:
+            states = {i: secure.enrol(state, roster) for i, state in states.items()}
+            sent = {i: secure.share(states[i]) for i in self._speaking(states, "shares")}
+        boxes = secure.deliver(roster, sent) if len(sent) >= least else {}
+        short = f"{len(sent) or len(keys)} of {len(self.stages)} clients are left, and {least} are needed"
+        why = {"keys": "it sent no keys", "shares": "it sent no shares"}
+        lost = {i: why.get(stage, short) for i, stage in self.stages.items() if i not in boxes}
+        up = {i: len(key) + len(sent.get(i, b"")) for i, key in keys.items()}
+        heard = roster if len(keys) >= least else b""
+        down = {i: len(heard) + len(boxes.get(i, b"")) for i in keys}
+        return Agreed({i: secure.receive(states[i], boxes[i]) for i in boxes}, roster, sorted(boxes), lost, up, down)
 
-    @property
-    def states(self) -> dict[int, ClientState]:
-        """What each client knows after the shares."""
-        return self._agreed[0]
-
-    @property
-    def up(self) -> dict[int, int]:
-        """Bytes of each client's messages."""
-        return self._agreed[1]
-
-    @property
-    def down(self) -> dict[int, int]:
-        """Bytes of the messages to each client."""
-        return self._agreed[2]
+    def _speaking(self, clients: Iterable[int], stage: str) -> list[int]:
+        return [i for i in clients if self.stages[i] != stage]
 
     @property
     def roster(self) -> bytes:
         """Everybody's public keys."""
-        return self.known or self.states[self.members[0]].roster
+        return self.agreed.roster
 
     @property
-    def members(self) -> list[int]:
-        """All: nobody drops out before the masked vectors."""
-        return sorted(self.ids)
+    def members(self) -> Sequence[int]:
+        """Those that sent shares."""
+        return self.agreed.members
+
+    @property
+    def lost(self) -> Mapping[int, str]:
+        """Those that did not, or everybody if too few did, and why."""
+        return self.agreed.lost
+
+    @property
+    def up(self) -> dict[int, int]:
+        """Bytes of each client's messages."""
+        return self.agreed.up
+
+    @property
+    def down(self) -> dict[int, int]:
+        """Bytes of the messages to each client."""
+        return self.agreed.down
 
     def public(self) -> Simulated:
         """For a process that only masks: it derives a client's state again, without the others' shares."""
-        return Simulated(self.seed, self.number, self.ids, self.roster)
+        return Simulated(self.seed, self.number, self.stages, self.agreed._replace(states={}))
 
     def state(self, index: int) -> ClientState:
-        """A client's own; it is masked with all others, and what their shares say does not matter to the masks."""
-        if not self.known:
-            return self.states[index]
-        inbox = {i: b"" for i in self.ids if i != index}
-        return ClientState(index, _secret(self.seed, self.number, index), self.known, inbox)
+        """A client's own; it is masked with all members, and what their shares say does not matter to the masks."""
+        if self.known is None:
+            return self.agreed.states[index]
+        inbox = {i: b"" for i in self.members if i != index}
+        return ClientState(index, _secret(self.seed, self.number, index), self.roster, inbox)
 
     def reveal(self, asked: bytes, alive: Sequence[int]) -> dict[int, bytes]:
-        """The shares of all that are alive."""
-        replies = {i: secure.reveal(self.states[i], asked)[0] for i in alive}
-        for i, reply in replies.items():
-            self.up[i] += len(reply)
+        """The shares of those that are still there."""
+        states = self.agreed.states
+        replies = {i: secure.reveal(states[i], asked)[0] for i in self._speaking(alive, "reveal")}
+        for i in alive:
+            self.up[i] += len(replies.get(i, b""))
             self.down[i] += len(asked)
         return replies
 

@@ -93,11 +93,16 @@ class Sealed:
     seals = True
 
     @classmethod
-    def begin(cls, setting: Setting, number: int, eta: Eta, most: float, ids: Sequence[int]) -> Sealed:
-        """A simulated round of the clients `ids`."""
+    def begin(cls, setting: Setting, number: int, eta: Eta, most: float, stages: Mapping[int, str]) -> Sealed:
+        """A simulated round of clients, each of which stops at a stage, "" at none."""
         made = layout(setting, number, eta, most)
-        parties = Simulated(setting.seed, number, tuple(ids))
-        return cls(setting.algorithm, setting.seed, number, most, made, len(ids), parties)
+        parties = Simulated(setting.seed, number, stages)
+        return cls(setting.algorithm, setting.seed, number, most, made, len(stages), parties)
+
+    @property
+    def lost(self) -> Mapping[int, str]:
+        """Who of a simulation is not in the round any more when training begins, and why."""
+        return self.parties.lost if isinstance(self.parties, Simulated) else {}
 
     def public(self) -> Sealed:
         """Without what the server's side alone holds."""
