@@ -13,7 +13,8 @@ import fedprior as fp
 from cases import redraw
 from fedprior import Client, Examples, structure
 from fedprior.data import LazyPopulation
-from fedprior.objective import LOSSES, Objective
+from fedprior.losses import LOSSES
+from fedprior.objective import Objective
 from fedprior.rng import generator
 
 X = torch.randn(5, 1, 2, 3, generator=generator(0, "x"), dtype=torch.float64)

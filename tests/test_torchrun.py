@@ -133,6 +133,39 @@ def test_a_run_goes_on_with_another_number_of_ranks(
 
 
 @dataclass(frozen=True)
+class Stopping(Counting):
+    """Counting, until every client is in its fourth round."""
+
+    def e_step(self, objective: Any, prior: Any, eta: Any, client: Any, state: Any, rng: Any) -> Any:
+        if state is not None and state["rounds"] == 3:
+            raise ArithmeticError("four is enough")
+        return super().e_step(objective, prior, eta, client, state, rng)
+
+
+def test_states_of_rounds_that_are_run_again_are_forgotten(tmp_path: Path) -> None:
+    """The last checkpoint is that of round 2, and round 4 fails: round 3 is run again with the states of round 2."""
+
+    def go(stops: bool, **fields: Any) -> fp.Result:
+        counting = (Stopping if stops else Counting)(inference.Point(0.1))
+        algorithm = fp.Algorithm(priors.Gaussian(), counting, name="counting")
+        return run(algorithm, cohort=6, availability=Availability(), **fields)
+
+    saved = {"out": tmp_path / "run", "checkpoint_every": 2}
+    said = rank_calls.call(2, tmp_path / "first", lambda rank: told(go(True, **saved)))
+    assert {answer["error"] for answer in said if answer is not None} <= {"ArithmeticError", RankError.__name__}
+    assert [r.number for r in records.read(tmp_path / "run" / "records.jsonl")] == [1, 2, 3]
+    resumed = on(2, tmp_path / "second", lambda: go(False, resume=True, **saved))
+    assert same(resumed, told(go(False, engine=Sequential(1))), 1e-5)
+
+
+def test_ranks_keep_the_precision_of_the_model(tmp_path: Path) -> None:
+    clients = [replace(c, train=fp.Examples(c.train.x.double(), c.train.y)) for c in APART]
+    given = {"model": fp.models.mlp(4, (6,), 3).double(), "clients": clients, "test": None, "rounds": 2}
+    two = on(2, tmp_path, lambda: run(**given))
+    assert same(two, told(run(engine=Sequential(1), **given)), 1e-13)
+
+
+@dataclass(frozen=True)
 class Fatal:
     """Point, until client 33 is in its second round, where `what` happens to the process."""
 

@@ -62,7 +62,7 @@ from fedprior.algorithms import (
 from fedprior.cohort import Availability
 from fedprior.core import Client, Examples, Params, Stats
 from fedprior.export import export, load_slim
-from fedprior.objective import Loss
+from fedprior.losses import Loss
 from fedprior.pruning import prune
 from fedprior.records import ClientRecord, Round
 from fedprior.result import Result

@@ -13,7 +13,8 @@ from fedprior import tree
 from fedprior.algorithm import Algorithm
 from fedprior.cohort import Availability
 from fedprior.core import Client, Examples
-from fedprior.objective import LOSSES, Objective
+from fedprior.losses import LOSSES
+from fedprior.objective import Objective
 
 
 def check_types(algorithm: Any, model: Any, clients: Any, availability: Any, test: Any) -> None:

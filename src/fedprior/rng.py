@@ -34,6 +34,14 @@ def module_seed(rng: torch.Generator) -> int:
     return int(torch.empty((), dtype=torch.int64).random_(generator=rng))
 
 
+def passed_over(rng: torch.Generator) -> None:
+    """Draw what `module_seed` draws, for nobody."""
+    _NOBODY.random_(generator=rng)
+
+
+_NOBODY = torch.empty((), dtype=torch.int64)
+
+
 @contextmanager
 def seeded_globals(rng: torch.Generator, device: str | torch.device = "cpu") -> Iterator[None]:
     """Layers such as dropout draw from PyTorch's global generator: lend it a seed, then give it back."""

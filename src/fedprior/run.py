@@ -18,8 +18,9 @@ from fedprior.cohort import Availability, sample
 from fedprior.core import Client, Engine, Eta, Examples, Params, Population, Schema
 from fedprior.engines import TorchRun, named, usual
 from fedprior.layer import Finished, Setting
+from fedprior.losses import Loss, PerExample
 from fedprior.metrics import evaluate
-from fedprior.objective import Loss, Objective, PerExample
+from fedprior.objective import Objective
 from fedprior.progress import Progress
 from fedprior.records import RecordFile, Round
 from fedprior.result import Result, some_inputs

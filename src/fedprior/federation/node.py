@@ -28,7 +28,8 @@ from fedprior.cohort import Availability
 from fedprior.core import Client, Params, Population
 from fedprior.engines.sequential import torch_threads
 from fedprior.federation import bundle, secure_node
-from fedprior.objective import Loss, Objective, PerExample
+from fedprior.losses import Loss, PerExample
+from fedprior.objective import Objective
 from fedprior.round import RoundWork
 from fedprior.store import DiskStore, MemoryStore
 

@@ -17,7 +17,7 @@ from fedprior import compare
 from fedprior.algorithm import Algorithm
 from fedprior.core import Examples
 from fedprior.federation.engine import GridEngine, Roster
-from fedprior.objective import Loss, PerExample
+from fedprior.losses import Loss, PerExample
 from fedprior.records import Round, read, write_atomically
 from fedprior.result import Result
 from fedprior.run import RECORDS, run

@@ -26,7 +26,8 @@ from torch import Tensor
 
 from fedprior import posteriors
 from fedprior.core import Client, Eta, Examples, Inference, Params
-from fedprior.objective import Loss, Objective
+from fedprior.losses import Loss
+from fedprior.objective import Objective
 from fedprior.priors.parts import part_etas
 
 _PASSES = 100  # EM for pi alone is concave, and costs no pass over the data

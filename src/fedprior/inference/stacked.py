@@ -25,7 +25,7 @@ from fedprior import posteriors, tree
 from fedprior.core import Eta, Examples, Gathered, Params, Prior
 from fedprior.inference.ascent import batch_sizes
 from fedprior.objective import Objective
-from fedprior.rng import module_seed
+from fedprior.rng import passed_over
 
 if TYPE_CHECKING:
     from fedprior.inference.point import Point
@@ -57,7 +57,7 @@ def e_steps(
     objective.train()
     start, groups = prior.point(eta), _equal_steps(data.sizes, point.batch_size)
     for rng in rngs:
-        module_seed(rng)  # as the plain loop does, for layers that draw: there are none here
+        passed_over(rng)  # what the plain loop lends to layers that draw: there are none here
     stacks = []
     for rows in groups:
         same = {k: v.detach().expand(len(rows), *v.shape) for k, v in start.items()}
