@@ -25,7 +25,8 @@ def watched(rounds: int, **fields) -> tuple[fp.Result, list]:
     algorithm = fp.feddropout(0.1, batch_size=4)
     algorithm = replace(algorithm, inference=Watched(algorithm.inference))
     fleet = Availability(dropout=0.2)
-    result = fp.run(algorithm, MODEL, CLIENTS, rounds=rounds, cohort=3, availability=fleet, **fields)
+    given = {"engine": "sequential"} | fields  # workers would watch where nobody looks
+    result = fp.run(algorithm, MODEL, CLIENTS, rounds=rounds, cohort=3, availability=fleet, **given)
     seen = [(i, *(tuple(z.tolist()) for z in eta.keep.values())) for i, eta in algorithm.inference.seen]
     return result, seen
 

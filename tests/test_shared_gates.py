@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from dataclasses import replace
 
@@ -29,7 +30,8 @@ def test_slopes_are_the_gradient_by_the_gates(name: str) -> None:
     """d/dz_g at z = 1 of the log-likelihood of phi * z, by autograd through the gates."""
     model, x, cut, params = setting(name)
     objective = Objective(model)
-    y = torch.arange(len(x)) % objective.outputs(params, x).shape[1]
+    *places, classes = objective.outputs(params, x).shape
+    y = torch.arange(math.prod(places)).view(places) % classes
     z = {g.name: torch.ones(g.units, dtype=torch.float64, requires_grad=True) for g in cut.groups}
     value = objective.log_lik(structure.close_gates(cut.groups, z, params), x, y)
     expected = dict(zip(z, torch.autograd.grad(value, list(z.values())), strict=True))
