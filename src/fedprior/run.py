@@ -59,7 +59,7 @@ def run(
         cohort: clients sampled a round without replacement; None for all.
         test: examples for the central evaluation.
         seed: all randomness of the run derives from it.
-        loss: a name of objective.LOSSES, a Loss, or (outputs, targets) -> log-likelihood of each example.
+        loss: a name of losses.LOSSES, a Loss, or (outputs, targets) -> log-likelihood of each example.
         engine: how clients are run, or its name in engines.ENGINES; if None, Auto() chooses, and below torchrun
             TorchRun() does this process's share: every rank returns the result, and rank 0 writes, shows the progress
             and calls on_round.

@@ -55,8 +55,7 @@ class Partition:
         each = torch.tensor(sizes)
         shift = (starts - each.cumsum(0) + each).repeat_interleave(each)
         where = self.index[shift + torch.arange(len(shift))]
-        names = [f"client-{i}" for i in own] if self.names is None else [self.names[i] for i in own]
-        return Gathered(own, names, self.examples, where, sizes)
+        return Gathered(own, [self._name(i) for i in own], self.examples, where, sizes)
 
     def __iter__(self) -> Iterator[Client]:
         return (self[i] for i in range(len(self)))
@@ -68,7 +67,9 @@ class Partition:
 
     def name(self, index: int) -> str:
         """The name of a client, without gathering its examples."""
-        i = _checked(index, len(self))
+        return self._name(_checked(index, len(self)))
+
+    def _name(self, i: int) -> str:
         return f"client-{i}" if self.names is None else self.names[i]
 
     def size(self, index: int) -> int:

@@ -25,12 +25,11 @@ from fedprior import posteriors, tree
 from fedprior.core import Eta, Examples, Gathered, Params, Prior
 from fedprior.inference.ascent import batch_sizes
 from fedprior.objective import Objective
+from fedprior.recorded import SLOW
 from fedprior.rng import passed_over
 
 if TYPE_CHECKING:
     from fedprior.inference.point import Point
-
-SLOW = (nn.modules.conv._ConvNd, nn.RNNBase, nn.MultiheadAttention)
 
 
 def why_not(objective: Objective, prior: Any, x: Tensor, y: Tensor) -> str:
