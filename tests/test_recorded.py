@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 import fedprior as fp
 from fedprior import recorded
+from fedprior.losses import LOSSES
 from fedprior.objective import Objective
 from fedprior.rng import generator
 
@@ -143,6 +144,21 @@ def test_hooks_are_code_of_the_users_own():
     model = nn.Sequential(nn.Linear(FEATURES, CLASSES))
     model[0].register_forward_hook(lambda module, args, output: None)
     assert not Objective(model).recordable
+
+
+@pytest.mark.parametrize("loss", [fp.Loss(lambda o, y: -o.square().sum(1)), LOSSES["regression"]])
+def test_another_loss_has_records_of_its_own(loss: fp.Loss) -> None:
+    of = objective("mlp")
+    x, y = batch(0, 5)
+    at = values(of, 0)
+    of.gradients(of.trainable)(x, y, *at)
+    other, target = of.with_loss(loss), torch.zeros(5, CLASSES)
+    assert other.recordable == (loss in LOSSES.values())
+    got = other.gradients(other.trainable)(x, target, *at)
+    assert all(map(torch.equal, got, by_autograd(other, x, target, at)))
+    got = other.gradients(other.trainable)(x, target, *at)
+    assert all(map(torch.equal, got, by_autograd(other, x, target, at)))
+    assert all(map(torch.equal, of.gradients(of.trainable)(x, y, *at), by_autograd(of, x, y, at)))
 
 
 def test_a_run_without_records_has_the_same_bits(monkeypatch):

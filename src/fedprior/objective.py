@@ -126,10 +126,14 @@ class Objective:
         """Mean log-likelihood per example of a batch, in nats; an E-step's gradient comes from here."""
         return self.loss.of_batch(self.outputs(phi, x), y)
 
-    @cached_property
+    @property
     def recordable(self) -> bool:
         """May its gradients be recorded? Not with a loss or with layers of the user's own."""
-        return any(self.loss is known for known in LOSSES.values()) and may_be_recorded(self.model)
+        return any(self.loss is known for known in LOSSES.values()) and self._plain
+
+    @cached_property
+    def _plain(self) -> bool:
+        return may_be_recorded(self.model)
 
     def recorded(self, name: str, function: Function) -> Function:
         """`function`, which reads nothing that changes but its tensors, recorded under `name` where that may be."""
@@ -161,7 +165,7 @@ class Objective:
     def with_loss(self, loss: Loss) -> Objective:
         """The same model, and another log-likelihood of its outputs."""
         other = copy.copy(self)
-        other.loss, other._smaller = loss, None
+        other.loss, other._smaller, other._recorded = loss, None, {}
         return other
 
     def module(self, phi: Params) -> nn.Module:
