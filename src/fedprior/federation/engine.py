@@ -209,10 +209,7 @@ class GridEngine:
             for message in self.grid.pull_messages(list(waiting)):
                 partition = waiting.pop(message.metadata.reply_to_message_id, None)
                 if partition is not None:
-                    yield (
-                        partition,
-                        self._read(work, message, asked[partition]),
-                    )
+                    yield partition, self._read(work, message, asked[partition])
             if waiting:
                 time.sleep(self.poll)
         for partition in waiting.values():
