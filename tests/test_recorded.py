@@ -44,6 +44,10 @@ MODELS = {
     "norms": lambda: head(nn.LayerNorm(FEATURES), nn.Unflatten(1, (4, 3)), nn.GroupNorm(2, 4), nn.SiLU()),
     "pooling": lambda: head(nn.Unflatten(1, (1, 12)), nn.AvgPool1d(2), nn.MaxPool1d(2), nn.Sigmoid(), nn.Softmax(1)),
     "tied": tied,
+    "conv-1d": lambda: head(nn.Unflatten(1, (3, 4)), nn.Conv1d(3, 2, 2), nn.ReLU()),
+    "conv-2d": lambda: head(
+        nn.Unflatten(1, (1, 3, 4)), nn.Conv2d(1, 3, 2, padding=1), nn.MaxPool2d(2), nn.ReLU(), nn.Conv2d(3, 5, (1, 2))
+    ),
     "no-bias": lambda: head(nn.Linear(FEATURES, 4, bias=False), nn.LeakyReLU()),
 }
 
@@ -124,7 +128,7 @@ NOT_RECORDED = {
         lambda: nn.Sequential(nn.BatchNorm1d(FEATURES), nn.Linear(FEATURES, CLASSES)),
         "classification",
     ),
-    "convolutions": (lambda: head(nn.Unflatten(1, (3, 4)), nn.Conv1d(3, 2, 2)), "classification"),
+    "recurrent": (lambda: nn.GRU(FEATURES, CLASSES), "classification"),
     "parametrized": (
         lambda: nn.utils.parametrizations.weight_norm(nn.Linear(FEATURES, CLASSES)),
         "classification",

@@ -5,7 +5,7 @@ one shape are always the same, forward and backward, as long as the function dec
 recorded once, below autograd, and run again on other values. The same operations in the same order give the same bits.
 
 A recorded function must not draw a different course from call to call: `may_be_recorded` allows networks that are put
-together from PyTorch's own layers, whose cost is in calls and not in arithmetic.
+together from PyTorch's own layers, whose operations are few.
 """
 
 from __future__ import annotations
@@ -17,18 +17,18 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-SLOW = (nn.modules.conv._ConvNd, nn.RNNBase, nn.MultiheadAttention)
-"""Layers whose arithmetic, or whose number of operations, makes bookkeeping cheap beside it."""
+LONG = (nn.RNNBase, nn.MultiheadAttention)
+"""Layers of so many operations that bookkeeping is cheap beside them."""
 MOST = 64
 Function = Callable[..., tuple[Any, ...]]
 
 
 def may_be_recorded(model: nn.Module) -> bool:
-    """Is the model made of PyTorch's own layers, with no state of their own, and none of `SLOW`?"""
+    """Is the model made of PyTorch's own layers, with no state of their own, and none of `LONG`?"""
     own = all(type(m).__module__.startswith("torch.nn.modules.") for m in model.modules())
     hooked = any(m._forward_hooks or m._forward_pre_hooks or hasattr(m, "parametrizations") for m in model.modules())
     still = not any(True for _ in model.buffers())
-    return own and still and not hooked and not any(isinstance(m, SLOW) for m in model.modules())
+    return own and still and not hooked and not any(isinstance(m, LONG) for m in model.modules())
 
 
 class Programs:

@@ -140,8 +140,9 @@ def sums(groups: Sequence[Group], params: Params) -> Params:
     total: Params = {}
     for group in groups:
         for m in (m for m in group.members if m.out):
-            values = params[m.name].movedim(m.dim, 0).reshape(len(m.unit), -1).sum(1)
-            total[group.name] = m.per_unit(values, group.units) + total.get(group.name, 0)
+            others = [d for d in range(params[m.name].ndim) if d != m.dim]
+            values = m.per_unit(params[m.name].sum(others) if others else params[m.name], group.units)
+            total[group.name] = values + total[group.name] if group.name in total else values
     return total
 
 

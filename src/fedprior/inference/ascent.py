@@ -134,9 +134,9 @@ class Descent:
     @torch.no_grad()
     def step(self) -> None:
         """One step against the gradients."""
-        for value in self._trained:
-            if value.grad is not None:
-                value.add_(value.grad, alpha=-self._lr)
+        pairs = [(value, value.grad) for value in self._trained if value.grad is not None]
+        if pairs:
+            torch._foreach_add_(*map(list, zip(*pairs, strict=True)), alpha=-self._lr)
 
 
 @dataclass(frozen=True)

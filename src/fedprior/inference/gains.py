@@ -18,15 +18,16 @@ LeCun, Denker, Solla 1989 (optimal brain damage); Theis et al. 2018, arXiv:1801.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from fedprior import posteriors, structure, tree
+from fedprior import posteriors, structure
 from fedprior.core import Client, Eta, Params
-from fedprior.inference.ascent import Descent, Epochs, ascend, detached, leaves, what_is_left
+from fedprior.inference.ascent import Descent, Epochs, ascend, batch_sizes, detached, leaves, recorded, what_is_left
 from fedprior.objective import Objective
 from fedprior.structure import Group
 
@@ -58,9 +59,7 @@ class Gains(Epochs):
         phi, trained = leaves(objective, eta.mean)
         examples = len(client.train)
         nothing = {g: torch.zeros_like(z) for g, z in eta.keep.items()}
-        slopes: list[Params] = []
-        settled = prior.settled(eta)
-        sizes: list[int] = []
+        slopes: list[tuple[Tensor, ...]] = []
 
         def prior_term() -> Tensor:
             return prior.log_prob(eta, prior.stats(posteriors.Gains(phi, nothing)))
@@ -68,30 +67,44 @@ class Gains(Epochs):
         pulls = prior_term().requires_grad  # a flat slab does not
 
         def bound(x: Tensor, y: Tensor) -> Tensor:
-            sizes.append(len(x))
             log_lik = objective.log_lik(phi, x, y)
             return log_lik + prior_term() / examples if pulls else log_lik
 
-        def watch() -> None:
-            if not settled:
-                slopes.append(_slopes(prior.groups, phi))
-
         objective.train()
         smallest, optimizers = objective.smallest_batch, [Descent(trained, self.lr)]
+        how: dict[str, Any] = {"smallest": smallest}
+        if not prior.settled(eta):
+            look = _look(objective, prior.groups, phi)
+            how["before_step"] = lambda: slopes.append(look())
+        if not pulls and objective.recordable:
+            how["differentiate"] = recorded(objective, phi, trained)
         with objective.holding(phi):
-            ascend(
-                bound, client.train, optimizers, self.epochs, self.batch_size, rng, smallest=smallest, before_step=watch
-            )
+            ascend(bound, client.train, optimizers, self.epochs, self.batch_size, rng, **how)
         if not slopes:
             return posteriors.Gains(detached(phi), nothing)
-        squares = [tree.map(lambda d, size=size: size * d.square(), s) for size, s in zip(sizes, slopes, strict=True)]
-        gain = {g: 0.5 * examples * torch.stack([s[g] for s in squares]).mean(0) for g in nothing}
-        return posteriors.Gains(detached(phi), gain)
+        sizes = self.epochs * batch_sizes(examples, self.batch_size, smallest)
+        return posteriors.Gains(detached(phi), _gains(prior.groups, slopes, sizes, examples))
 
 
-@torch.no_grad()
-def _slopes(groups: tuple[Group, ...], phi: Params) -> Params:
-    """dL/dz_g = sum of phi_j dL/dphi_j over what g owns, up to the sign, group -> (units,)."""
-    own = dict.fromkeys(m.name for group in groups for m in group.members if m.out)
-    grads = {name: phi[name].grad for name in own}  # None where frozen
-    return structure.sums(groups, {k: torch.zeros_like(phi[k]) if g is None else phi[k] * g for k, g in grads.items()})
+def _look(objective: Objective, groups: tuple[Group, ...], phi: Params) -> Callable[[], tuple[Tensor, ...]]:
+    """What gives dL/dz_g = sum of phi_j dL/dphi_j over what g owns, up to the sign, (units,) for each of the groups."""
+    names = tuple(dict.fromkeys(m.name for group in groups for m in group.members if m.out))
+
+    def slopes(*tensors: Tensor) -> tuple[Tensor, ...]:
+        products = map(torch.mul, tensors[: len(names)], tensors[len(names) :])
+        found = structure.sums(groups, dict(zip(names, products, strict=True)))
+        return tuple(found[group.name] for group in groups)
+
+    def look() -> tuple[Tensor, ...]:
+        grads = [torch.zeros_like(v) if v.grad is None else v.grad for v in own]  # None where frozen
+        return program(*values, *grads)
+
+    own = [phi[name] for name in names]
+    values, program = [v.detach() for v in own], objective.recorded(f"slopes of {' '.join(names)}", slopes)
+    return look
+
+
+def _gains(groups: tuple[Group, ...], slopes: list[tuple[Tensor, ...]], sizes: list[int], examples: int) -> Params:
+    """(N_s / 2) mean_b B_b (dL_b/dz_g)^2, group -> (units,)."""
+    every = {group.name: torch.stack(of_batches) for group, of_batches in zip(groups, zip(*slopes), strict=True)}
+    return {g: 0.5 * examples * (d.new_tensor(sizes)[:, None] * d.square()).mean(0) for g, d in every.items()}

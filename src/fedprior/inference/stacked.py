@@ -25,7 +25,7 @@ from fedprior import posteriors, tree
 from fedprior.core import Eta, Examples, Gathered, Params, Prior
 from fedprior.inference.ascent import batch_sizes
 from fedprior.objective import Objective
-from fedprior.recorded import SLOW
+from fedprior.recorded import LONG
 from fedprior.rng import passed_over
 
 if TYPE_CHECKING:
@@ -38,7 +38,7 @@ def why_not(objective: Objective, prior: Any, x: Tensor, y: Tensor) -> str:
         return f"{type(prior).__name__} cuts the model"
     if objective.buffers:
         return "the model has running statistics"
-    if slow := [type(m).__name__ for m in objective.model.modules() if isinstance(m, SLOW)]:
+    if slow := [type(m).__name__ for m in objective.model.modules() if isinstance(m, (*LONG, nn.modules.conv._ConvNd))]:
         return f"stacked {slow[0]} layers are slow"
     phi = {k: v.expand(2, *v.shape) for k, v in objective.params().items()}
     objective.train()
