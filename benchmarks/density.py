@@ -45,7 +45,9 @@ def one(density: float, activations: float, rounds: int) -> dict[str, float]:
         prior = priors.SharedGates(density, start=density, hold=0, steps=1, activations=activations)
         algorithm = replace(algorithm, prior=prior)
     before = peak()
-    result = fp.run(algorithm, fp.models.lenet(), clients, rounds=rounds, cohort=10, progress=False)
+    result = fp.run(
+        algorithm, fp.models.lenet(), clients, rounds=rounds, cohort=10, engine="sequential", progress=False
+    )
     seconds = [r.seconds for r in result.history[1:]]
     return {
         "density": density,

@@ -277,3 +277,39 @@ def test_layers_of_other_types_stay_dense() -> None:
     assert [g.name for g in found] == ["2"]
     net = conv_net()
     assert len(structure.groups(net, torch.zeros(1, 1, 8, 8, dtype=torch.float64))) == 3
+
+
+class WithInput(nn.Module):
+    """layer(x) + x -> second -> head: the layer's units are those of the input."""
+
+    def __init__(self, layer: nn.Module, second: nn.Module) -> None:
+        super().__init__()
+        self.layer, self.second, self.head = layer, second, nn.LazyLinear(2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.second((self.layer(x) + x).relu()).relu().flatten(1))
+
+
+AT_THE_INPUT = {
+    "depthwise": (
+        nn.Sequential(nn.Conv2d(3, 3, 3, groups=3), nn.ReLU(), nn.Conv2d(3, 5, 1), nn.Flatten(), nn.LazyLinear(2)),
+        (3, 8, 8),
+        "2",
+    ),
+    "a convolution and its input": (
+        WithInput(nn.Conv2d(3, 3, 3, padding=1), nn.Conv2d(3, 5, 3)),
+        (3, 8, 8),
+        "second",
+    ),
+    "a dense layer and its input": (WithInput(nn.Linear(4, 4), nn.Linear(4, 5)), (4,), "second"),
+    "a dense layer and its input, in sequences": (WithInput(nn.Linear(4, 4), nn.Linear(4, 5)), (1, 4), "second"),
+}
+
+
+@pytest.mark.parametrize("name", AT_THE_INPUT)
+def test_units_of_the_input_are_never_cut(name: str) -> None:
+    """The input has them, whatever the model has lost."""
+    model, shape, left = AT_THE_INPUT[name]
+    x = torch.randn(2, *shape, generator=generator(0, "x"))
+    model(x)
+    assert [(g.name, g.units) for g in structure.groups(model, x)] == [(left, 5)]

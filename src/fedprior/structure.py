@@ -151,15 +151,14 @@ def groups(model: nn.Module, x: Tensor) -> tuple[Group, ...]:
 
     Gates are put on Linear and Conv2d layers (depthwise ones too) with BatchNorm, GroupNorm or LayerNorm between
     them. Left whole: the last layer, embeddings, recurrent layers, grouped convolutions, and whatever a LayerNorm
-    averages over, such as the residual stream of a transformer.
+    averages over, such as the residual stream of a transformer, and what is coupled with the inputs themselves.
 
     Args:
         model: any module torch-pruning can trace.
         x: example inputs, shape (n, ...); one is used.
 
     Raises:
-        ModuleNotFoundError: if torch-pruning is not installed.
-        ValueError: if no unit of the model can be gated.
+        ModuleNotFoundError: without torch-pruning; ValueError if no unit of the model can be gated.
     """
     try:
         import torch_pruning
@@ -168,9 +167,10 @@ def groups(model: nn.Module, x: Tensor) -> tuple[Group, ...]:
     model = copy.deepcopy(model).requires_grad_(True)  # the graph is traced through autograd; frozen layers count
     names = {module: name for name, module in model.named_modules()}
     known = _known(model)
-    with warnings.catch_warnings():
+    with warnings.catch_warnings(), torch.random.fork_rng(devices=[]):
         warnings.simplefilter("ignore")  # it warns of parameters outside its layers: those stay dense here
-        graph: Any = torch_pruning.DependencyGraph().build_dependency(model, example_inputs=x[:1])
+        traced = nn.Sequential(*_maker(x), model)
+        graph: Any = torch_pruning.DependencyGraph().build_dependency(traced, example_inputs=x[:1])
         found = [
             _group(list(items), names, known)
             for items in graph.get_all_groups(root_module_types=[nn.Conv2d, nn.Linear])
@@ -193,6 +193,13 @@ def dense_layers(model: nn.Module, groups: Sequence[Group]) -> list[str]:
     ]
 
 
+def _maker(x: Tensor) -> list[nn.Module]:
+    """A layer that makes inputs like x: what shares its units cannot be cut."""
+    if not x.is_floating_point() or x.ndim == 1:
+        return []
+    return [(nn.Conv2d(x.shape[1], x.shape[1], 1) if x.ndim == 4 else nn.Linear(x.shape[-1], x.shape[-1])).to(x)]
+
+
 _NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.GroupNorm, nn.LayerNorm)
 _OUT = {"prune_out_channels": True, "prune_in_channels": False}
 
@@ -205,7 +212,7 @@ def _group(items: list[Any], names: Mapping[nn.Module, str], known: set[str]) ->
         reads = isinstance(layer, nn.Linear | nn.Conv2d) and _OUT.get(item.dep.handler.__name__) is False
         if not item.dep.target.outputs and not reads:
             return None  # the model's outputs, which other layers may read as well
-        if isinstance(layer, nn.Parameter):
+        if isinstance(layer, nn.Parameter) or (layer not in names and isinstance(layer, nn.Linear | nn.Conv2d)):
             return None
         if layer not in names or not any(True for _ in (*layer.parameters(), *layer.buffers())):
             continue  # reshapes, pooling and elementwise operations hold nothing

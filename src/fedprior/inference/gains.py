@@ -106,5 +106,5 @@ def _look(objective: Objective, groups: tuple[Group, ...], phi: Params) -> Calla
 
 def _gains(groups: tuple[Group, ...], slopes: list[tuple[Tensor, ...]], sizes: list[int], examples: int) -> Params:
     """(N_s / 2) mean_b B_b (dL_b/dz_g)^2, group -> (units,)."""
-    every = {group.name: torch.stack(of_batches) for group, of_batches in zip(groups, zip(*slopes), strict=True)}
+    every = {group.name: torch.stack([of_batch[i] for of_batch in slopes]) for i, group in enumerate(groups)}
     return {g: 0.5 * examples * (d.new_tensor(sizes)[:, None] * d.square()).mean(0) for g, d in every.items()}
