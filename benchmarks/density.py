@@ -3,9 +3,10 @@
     python benchmarks/density.py [--json FILE]
 
 Setting: LeNet 20-50-500 on Fashion-MNIST, 100 clients, Dirichlet(1.0), cohort 10, one local epoch, batch 20, one
-thread, no evaluation, no workers (their time and memory would not be counted). Every density is a process of its own, so that its peak memory is its own; the processes take
-turns, `--repeats` times. Seconds are medians over the rounds after the first of each process. Memory is the peak
-resident set above that of the process with its data loaded, in MB of 10^6 bytes.
+thread, no evaluation, no workers (their time and memory would not be counted). Every density is a process of its own,
+so that its peak memory is its own; the processes take turns, `--repeats` times. Seconds are medians over the rounds
+after the first of each process. Memory is the peak resident set above that of the process with its data loaded, in MB
+of 10^6 bytes.
 """
 
 from __future__ import annotations
