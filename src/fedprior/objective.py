@@ -9,7 +9,7 @@ the prior by N_s: both sides are then nats per example, and the balance is that 
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cached_property
 from typing import Any
@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from fedprior.core import Params
+from fedprior.kernels import faster
 from fedprior.losses import LOSSES, Loss, PerExample, as_loss
 from fedprior.posteriors import Predictive
 from fedprior.recorded import Function, Programs, may_be_recorded
@@ -77,17 +78,25 @@ class Objective:
 
     @contextmanager
     def holding(self, phi: Params) -> Iterator[None]:
-        """The model holds `phi` itself until the end of the block: `outputs(phi, x)` is then a plain call."""
+        """The model holds `phi` itself until the end of the block: `outputs(phi, x)` is then a plain call.
+
+        Layers that `kernels` has a faster form of have it, for first derivatives.
+        """
         values, before = {**phi, **self._counting}, []
         for name, slot, key in self._slots:
             if name in values:
                 before.append((slot, key, slot[key]))
                 slot[key] = values[name]
         outer, self._held = self._held, phi
+        quick = self._faster if outer is None else []
+        for module, forward in quick:
+            module.forward = forward
         try:
             yield
         finally:
             self._held = outer
+            for module, _ in quick:
+                del module.forward
             for slot, key, value in before:
                 slot[key] = value
 
@@ -103,6 +112,10 @@ class Objective:
             for key, value in slots.items()
             if value is not None
         ]
+
+    @cached_property
+    def _faster(self) -> list[tuple[nn.Module, Callable[..., Any]]]:
+        return faster(self.model)
 
     def outputs(self, phi: Params, x: Tensor) -> Tensor:
         """f(x; phi). In training mode the buffers in `phi` are updated in place."""

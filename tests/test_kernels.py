@@ -1,0 +1,106 @@
+"""Faster layers: values and gradients of PyTorch's own, in float64; and only where they are known to be."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from fedprior.kernels import faster
+from fedprior.objective import Objective
+from fedprior.rng import generator
+
+
+def drawn(*shape: int) -> Tensor:
+    return torch.randn(shape, generator=generator(0, *shape), dtype=torch.float64)
+
+
+LAYERS: dict[str, tuple[Callable[[], nn.Module], Tensor]] = {
+    "gru": (lambda: nn.GRU(3, 5), drawn(7, 2, 3)),
+    "gru, batch first": (lambda: nn.GRU(3, 5, batch_first=True), drawn(2, 7, 3)),
+    "gru, one step": (lambda: nn.GRU(3, 5), drawn(1, 2, 3)),
+    "convolution": (lambda: nn.Conv2d(4, 6, 1, stride=2), drawn(3, 4, 7, 6)),
+    "convolution, groups": (lambda: nn.Conv2d(4, 6, 1, stride=(3, 1), groups=2, bias=False), drawn(3, 4, 7, 6)),
+}
+
+
+def of_module(layer: nn.Module, x: Tensor) -> tuple[Tensor, ...]:
+    """Outputs, and the gradients of a sum of random multiples of all of them."""
+    x = x.clone().requires_grad_()
+    outputs = layer(x)
+    outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+    value = torch.stack([(drawn(*o.shape) * o).sum() for o in outputs]).sum()
+    return *outputs, *torch.autograd.grad(value, [x, *layer.parameters()])
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_outputs_and_gradients_are_those_of_pytorch(name: str) -> None:
+    make, x = LAYERS[name]
+    layer: Any = make().double()
+    expected = of_module(layer, x)
+    [(found, forward)] = faster(layer)
+    assert found is layer
+    layer.forward = forward
+    for ours, theirs in zip(of_module(layer, x), expected, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize(
+    "layer",
+    [
+        nn.GRU(3, 5, num_layers=2),
+        nn.GRU(3, 5, bidirectional=True),
+        nn.GRU(3, 5, bias=False),
+        nn.LSTM(3, 5),
+        nn.Conv2d(4, 6, 1),
+        nn.Conv2d(4, 6, 3, stride=2),
+        nn.Conv2d(4, 6, 1, stride=2, padding=1),
+        nn.utils.parametrizations.weight_norm(nn.Conv2d(4, 6, 1, stride=2)),
+    ],
+    ids=str,
+)
+def test_other_layers_stay_as_they_are(layer: nn.Module) -> None:
+    assert not faster(layer)
+
+
+def test_other_uses_of_a_gru_are_left_to_pytorch() -> None:
+    """A state to begin with, sequences of several lengths, one sequence alone."""
+    layer: Any = nn.GRU(3, 5).double()
+    packed = nn.utils.rnn.pack_padded_sequence(drawn(7, 2, 3), torch.tensor([7, 4]))
+    uses: list[tuple[Any, ...]] = [(drawn(7, 2, 3), drawn(1, 2, 5)), (packed,), (drawn(7, 3),)]
+    expected = [layer(*use) for use in uses]
+    layer.forward = faster(layer)[0][1]
+    for use, (outputs, last) in zip(uses, expected, strict=True):
+        ours, end = layer(*use)
+        assert torch.equal(getattr(ours, "data", ours), getattr(outputs, "data", outputs)) and torch.equal(end, last)
+
+
+class Reader(nn.Module):
+    """A recurrent model with a strided shortcut before it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.cut, self.gru, self.head = nn.Conv2d(1, 2, 1, stride=2), nn.GRU(6, 4, batch_first=True), nn.Linear(4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.gru(self.cut(x).transpose(1, 2).flatten(2))[0][:, -1])
+
+
+def test_a_held_model_has_them_and_any_other_has_not() -> None:
+    """Within `holding`, blocks in blocks too; the values are the same to rounding."""
+    objective = Objective(Reader().double())
+    layers = [m for m, _ in faster(objective.model)]
+    phi, other = objective.params(), {k: v + 0.1 for k, v in objective.params().items()}
+    x = drawn(5, 1, 6, 6)
+    expected, of_other = objective.outputs(phi, x), objective.outputs(other, x)
+    with objective.holding(phi):
+        assert len(layers) == 2 and all("forward" in vars(m) for m in layers)
+        torch.testing.assert_close(objective.outputs(phi, x), expected, rtol=1e-12, atol=1e-12)
+        with objective.holding(other):
+            torch.testing.assert_close(objective.outputs(other, x), of_other, rtol=1e-12, atol=1e-12)
+        assert all("forward" in vars(m) for m in layers)
+    assert not any("forward" in vars(m) for m in layers)
+    assert torch.equal(objective.outputs(phi, x), expected)
