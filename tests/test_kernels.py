@@ -22,29 +22,35 @@ LAYERS: dict[str, tuple[Callable[[], nn.Module], Tensor]] = {
     "gru": (lambda: nn.GRU(3, 5), drawn(7, 2, 3)),
     "gru, batch first": (lambda: nn.GRU(3, 5, batch_first=True), drawn(2, 7, 3)),
     "gru, one step": (lambda: nn.GRU(3, 5), drawn(1, 2, 3)),
-    "convolution": (lambda: nn.Conv2d(4, 6, 1, stride=2), drawn(3, 4, 7, 6)),
-    "convolution, groups": (lambda: nn.Conv2d(4, 6, 1, stride=(3, 1), groups=2, bias=False), drawn(3, 4, 7, 6)),
+    "1 x 1": (lambda: nn.Conv2d(4, 6, 1, stride=2), drawn(3, 4, 7, 6)),
+    "1 x 1, groups": (lambda: nn.Conv2d(4, 6, 1, stride=(3, 1), groups=2, bias=False), drawn(3, 4, 7, 6)),
+    "grey": (lambda: nn.Conv2d(1, 6, 3), drawn(3, 1, 7, 6)),
+    "grey, strides": (lambda: nn.Conv2d(1, 6, (3, 2), (1, 2), (2, 1), bias=False), drawn(3, 1, 7, 6)),
 }
 
 
-def of_module(layer: nn.Module, x: Tensor) -> tuple[Tensor, ...]:
-    """Outputs, and the gradients of a sum of random multiples of all of them."""
-    x = x.clone().requires_grad_()
+def of_module(layer: nn.Module, x: Tensor, constant: bool = False) -> tuple[Tensor, ...]:
+    """Outputs, and the gradients of a sum of random multiples of all of them; of x too, unless it is constant."""
+    x = x.clone().requires_grad_(not constant)
     outputs = layer(x)
     outputs = outputs if isinstance(outputs, tuple) else (outputs,)
     value = torch.stack([(drawn(*o.shape) * o).sum() for o in outputs]).sum()
-    return *outputs, *torch.autograd.grad(value, [x, *layer.parameters()])
+    return *outputs, *torch.autograd.grad(value, [*[x] * (not constant), *layer.parameters()])
 
 
+@pytest.mark.parametrize("constant", [False, True])
+@pytest.mark.parametrize("last", [False, True])
 @pytest.mark.parametrize("name", LAYERS)
-def test_outputs_and_gradients_are_those_of_pytorch(name: str) -> None:
+def test_outputs_and_gradients_are_those_of_pytorch(name: str, last: bool, constant: bool) -> None:
     make, x = LAYERS[name]
     layer: Any = make().double()
-    expected = of_module(layer, x)
+    if last:
+        layer = layer.to(memory_format=torch.channels_last)
+    expected = of_module(layer, x, constant)
     [(found, forward)] = faster(layer)
     assert found is layer
     layer.forward = forward
-    for ours, theirs in zip(of_module(layer, x), expected, strict=True):
+    for ours, theirs in zip(of_module(layer, x, constant), expected, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-12)
 
 
@@ -58,6 +64,9 @@ def test_outputs_and_gradients_are_those_of_pytorch(name: str) -> None:
         nn.Conv2d(4, 6, 1),
         nn.Conv2d(4, 6, 3, stride=2),
         nn.Conv2d(4, 6, 1, stride=2, padding=1),
+        nn.Conv2d(1, 6, 3, padding="same"),
+        nn.Conv2d(1, 6, 3, padding=1, padding_mode="circular"),
+        nn.Conv2d(1, 6, 3, dilation=2),
         nn.utils.parametrizations.weight_norm(nn.Conv2d(4, 6, 1, stride=2)),
     ],
     ids=str,

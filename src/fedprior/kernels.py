@@ -12,6 +12,9 @@ the gradient of g is that of h_t times what is known when the forward pass is do
 so that a step back takes three operations, and the weights' gradients one matrix product each over all steps.
 
 **1 x 1 convolutions with a stride** (the shortcuts of residual networks) read every s-th pixel: those are taken first.
+
+**Convolutions of one channel** (grey images), x no parameter: the filters' gradient is a matrix product of the output's
+and of the patches P that a filter saw, dW = sum_i dY_i P_i^T, with dY_i (filters, places) and P_i (size, places).
 """
 
 from __future__ import annotations
@@ -32,8 +35,12 @@ def faster(model: nn.Module) -> list[tuple[nn.Module, Callable[..., Any]]]:
     for m in model.modules():
         if type(m) is nn.GRU and m.num_layers == 1 and m.bias and not m.bidirectional:
             found.append((m, partial(_gru, m)))
-        elif type(m) is nn.Conv2d and m.kernel_size == (1, 1) and m.stride != (1, 1) and m.padding == (0, 0):
+        elif type(m) is not nn.Conv2d or m.padding_mode != "zeros" or isinstance(m.padding, str):
+            continue
+        elif m.kernel_size == (1, 1) and m.stride != (1, 1) and m.padding == (0, 0):
             found.append((m, partial(_pixels, m)))
+        elif m.in_channels == 1 and m.dilation == (1, 1):
+            found.append((m, partial(_grey, m)))
     return found
 
 
@@ -42,6 +49,33 @@ def _pixels(layer: nn.Conv2d, x: Tensor) -> Tensor:
         return nn.Conv2d.forward(layer, x)
     down, right = layer.stride
     return F.conv2d(x[..., ::down, ::right], layer.weight, layer.bias, groups=layer.groups)
+
+
+def _grey(layer: nn.Conv2d, x: Tensor) -> Any:
+    if not x.is_cpu or x.dim() != 4 or x.requires_grad:
+        return nn.Conv2d.forward(layer, x)
+    return _Grey.apply(x, layer.weight, layer.bias, layer.stride, layer.padding)
+
+
+class _Grey(torch.autograd.Function):
+    """PyTorch's convolution of a constant, with filters whose gradient is a matrix product."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, w: Tensor, b: Tensor | None, stride: Any, padding: Any) -> Tensor:
+        ctx.save_for_backward(x)
+        ctx.stride, ctx.padding, ctx.size = stride, padding, w.shape
+        return F.conv2d(x, w, b, stride, padding)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        """Of the filters and their biases."""
+        [x], [dy] = ctx.saved_tensors, grads
+        (down, right), (rows, columns) = ctx.stride, ctx.size[2:]
+        padded = F.pad(x, [p for p in reversed(ctx.padding) for _ in range(2)])
+        patches = padded.unfold(2, rows, down).unfold(3, columns, right).permute(0, 1, 4, 5, 2, 3)
+        dw = torch.bmm(dy.flatten(2), patches.flatten(1, 3).flatten(2).transpose(1, 2)).sum(0).view(ctx.size)
+        return None, dw, dy.sum((0, 2, 3)) if ctx.needs_input_grad[2] else None, None, None
 
 
 def _gru(layer: nn.GRU, x: Any, h: Tensor | None = None) -> Any:
