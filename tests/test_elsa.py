@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 import fedprior as fp
 from cases import redraw
+from cli_calls import TINY, call
 from fedprior import Client, Examples, structure
 from fedprior.data import LazyPopulation
 from fedprior.losses import LOSSES
 from fedprior.objective import Objective
+from fedprior.records import read
 from fedprior.rng import generator
 
 X = torch.randn(5, 1, 2, 3, generator=generator(0, "x"), dtype=torch.float64)
@@ -117,6 +121,21 @@ def test_it_trains_under_any_prior(name: str, chained: bool) -> None:
     slim: Any = result.model()
     assert slim.encode(x).shape[1] <= 6 and slim(x).shape == (len(x), 2, 6)
     assert (sum(p.numel() for p in slim.parameters()) < 0.65 * 2 * 249) == (name == "fedsparse")
+
+
+def test_the_command_line_trains_it_on_the_inputs(tmp_path: Path) -> None:
+    """The named model brings its loss and targets along; what a run of labels would report is not there."""
+    toml = tmp_path / "elsa.toml"
+    toml.write_text(TINY + '[model]\nname = "elsa"\nhidden = 12\ncode = 4\n')
+    call("run", toml, "--out", tmp_path / "out", "--quiet")
+    first, last = (read(tmp_path / "out" / "records.jsonl")[i].metrics for i in (0, -1))
+    assert last["squared_error"] < first["squared_error"] and "accuracy" not in last
+    _, test = fp.data.load("digits")
+    model = fp.models.elsa(64, 12, 4)
+    model.load_state_dict(load_file(tmp_path / "out" / "model.safetensors"))
+    with torch.no_grad():
+        error = (model(test.x) - test.x.flatten(1)[:, None]).square().sum(2)
+    assert last["nats"] == pytest.approx(float(error.sum(1).mean()) / 2, rel=1e-5)
 
 
 def test_a_decoder_that_another_encoder_reads_is_no_group() -> None:

@@ -20,7 +20,7 @@ from fedprior import data, layer, planning
 from fedprior.algorithm import Algorithm
 from fedprior.checkpoint import INDEX
 from fedprior.checks import check_device, check_sizes
-from fedprior.config import TABLES, Config, DataConfig
+from fedprior.config import AUTOENCODERS, TABLES, Config, DataConfig
 from fedprior.core import Examples, Population
 from fedprior.data.shakespeare import VOCABULARY
 from fedprior.engines import leads, named
@@ -47,7 +47,7 @@ class Experiment:
         clients: the partition.
         test: for the central evaluation; None if there is no such example.
         model: initialised.
-        loss: "classification", or "regression" for floating targets.
+        loss: "classification", "regression" for floating targets, "autoencoder" for a model of AUTOENCODERS.
     """
 
     config: Config
@@ -69,8 +69,13 @@ def build(config: Config) -> Experiment:
     outputs = len(VOCABULARY) if config.data.name == "shakespeare" else _outputs(train, test)
     model = configs.resolve(config.model, config.data.name, train.x, outputs, config.run.seed)
     config = replace(config, data=replace(config.data, partition=scheme, clients=len(clients)), model=model)
-    loss = "regression" if train.y.is_floating_point() else "classification"
-    return Experiment(config, clients, test if len(test) else None, _fitting_model(config, train), loss)
+    fitting, shown = _fitting_model(config, train), test if len(test) else None
+    if model.name in AUTOENCODERS:
+        shown = None if shown is None else data.autoencoding(shown)
+        return Experiment(config, data.autoencoding(clients), shown, fitting, "autoencoder")
+    return Experiment(
+        config, clients, shown, fitting, "regression" if train.y.is_floating_point() else "classification"
+    )
 
 
 def _fitting_model(config: Config, train: Examples) -> nn.Module:

@@ -36,8 +36,17 @@ from fedprior.values import arguments, known_name, toml
 
 MODELS: Mapping[str, Callable[..., nn.Module]] = {
     f.__name__: f
-    for f in (models.lenet, models.mlp, models.softmax, models.char_gru, models.char_transformer, models.rules)
+    for f in (
+        models.lenet,
+        models.mlp,
+        models.softmax,
+        models.char_gru,
+        models.char_transformer,
+        models.rules,
+        models.elsa,
+    )
 }
+AUTOENCODERS = ("elsa",)  # of MODELS: their targets are the inputs
 RULES: Mapping[str, Callable[..., robust.Rule]] = {
     "median": robust.Median,
     "trimmed_mean": robust.TrimmedMean,
