@@ -136,7 +136,7 @@ class Descent:
         """One step against the gradients."""
         pairs = [(value, value.grad) for value in self._trained if value.grad is not None]
         if pairs:
-            torch._foreach_add_(*map(list, zip(*pairs, strict=True)), alpha=-self._lr)
+            torch._foreach_add_(*map(list, zip(*pairs, strict=True)), alpha=-self._lr)  # pyright: ignore[reportPrivateImportUsage]
 
 
 @dataclass(frozen=True)
