@@ -130,6 +130,7 @@ def test_mutated_requests_are_answered(count: int, tmp_path: Path) -> None:
     """A node never raises, writes nothing outside its folder of states, and its reply can be read."""
     node = Node(FEDAVG, own, MODEL, state=tmp_path / "states")
     head = {"ask": "round", "run": "r", "seed": 0, "rounds": 2, "cohort": 2, "number": 1, "clients": [[0, 0]]}
+    head |= {"population": 3, "noise": None, "clip": 0.0}
     good = bundle.pack(head, [b"no payload"])  # refused where it is decoded, before any training
     asked, seen = {0: Asked("client-0", 10)}, set()
     for k in range(count):
