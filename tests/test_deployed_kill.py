@@ -6,6 +6,7 @@ import os
 import signal
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -113,6 +114,39 @@ def test_a_server_that_is_killed_resumes_and_counts_nothing_twice(nodes: Deploym
     assert servers and len(before) == 1, told
     assert saved is not None and equal(saved.eta, tree.flatten(want.eta)), told
     assert without_seconds(history) == hidden(want.history), told
+    states = list((tmp_path / "job").glob("*/client-*"))
+    assert len(states) == len({c.index for r in want.history for c in r.clients})
+
+
+@slow
+def test_a_superlink_that_is_killed_and_everything_started_anew_has_the_bits_of_a_run_that_was_never_stopped(
+    tmp_path: Path,
+) -> None:
+    """At a random moment of round two; the nodes, where the heads are, are killed as well: a power cut."""
+    task = project(tmp_path / "job", "fp.fedper(lr=0.1)")
+    moment = float(numpy_generator(int.from_bytes(os.urandom(4), "big"), "moment").uniform(0, 7))
+    with Deployment(tmp_path) as d:
+        for partition in range(NODES):
+            d.node(partition, NODES)
+        begin_run(d, tmp_path, rounds=2)
+        after_round(d, tmp_path, 1)
+        time.sleep(moment)
+        killed = programs(d, "flower-superlink")
+        for pid in [*killed, *programs(d, "flwr"), *programs(d, "flower"), *programs(d, "fedprior")]:
+            with suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        d.stop(*list(d.processes))
+        before = records.read(tmp_path / "out" / "records.jsonl")
+        d.__enter__()
+        for partition in range(NODES):
+            d.node(partition, NODES)
+        printed = start_run(d, tmp_path, rounds=2, resume=True)
+    history, want = records.read(tmp_path / "out" / "records.jsonl"), simulated(task, rounds=2)
+    saved = checkpoint.read(tmp_path / "out")
+    told = f"killed {moment:.2f} s after round 1\n{printed}"
+    assert killed and len(before) == 1, told
+    assert saved is not None and equal(saved.eta, tree.flatten(want.eta)), told
+    assert without_seconds(history) == without_seconds(want.history), told
     states = list((tmp_path / "job").glob("*/client-*"))
     assert len(states) == len({c.index for r in want.history for c in r.clients})
 

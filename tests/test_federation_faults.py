@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ import pytest
 import fedprior as fp
 from cases import equal
 from fedprior import tree
+from fedprior.privacy import SecureSum
 from fedprior.rng import numpy_generator
 
 pytest.importorskip("flwr", reason="federations need flwr, in an environment of its own: make test-flower")
@@ -130,6 +132,7 @@ def test_mutated_requests_are_answered(count: int, tmp_path: Path) -> None:
     """A node never raises, writes nothing outside its folder of states, and its reply can be read."""
     node = Node(FEDAVG, own, MODEL, state=tmp_path / "states")
     head = {"ask": "round", "run": "r", "seed": 0, "rounds": 2, "cohort": 2, "number": 1, "clients": [[0, 0]]}
+    head |= {"population": 3, "noise": None, "clip": 0.0}
     good = bundle.pack(head, [b"no payload"])  # refused where it is decoded, before any training
     asked, seen = {0: Asked("client-0", 10)}, set()
     for k in range(count):
@@ -137,3 +140,22 @@ def test_mutated_requests_are_answered(count: int, tmp_path: Path) -> None:
         seen.add(reply.uploads[0].status)
     assert "failed" in seen and seen <= {"failed", "rejected"}
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("count", [1_000, pytest.param(100_000, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("ask", ["keys", "shares", "masked", "reveal"])
+def test_mutated_requests_of_a_secure_sum_are_answered(ask: str, count: int, tmp_path: Path) -> None:
+    """Nor do they make a node train, as it has no session that they fit; it writes its own session alone."""
+    algorithm = replace(fp.fedavg(0.1, weighting="uniform"), secure=SecureSum())
+    node = Node(algorithm, own, MODEL, state=tmp_path / "states")
+    head = {"ask": ask, "run": "r", "seed": 0, "rounds": 2, "cohort": 2, "number": 1, "clients": [[0, 0]]}
+    good = bundle.pack(
+        head | {"population": 3, "noise": None, "clip": 0.0}, [b"x" * 40] * (2 if ask == "masked" else 1)
+    )
+    asked, seen = {0: Asked("client-0", 10)}, set()
+    for k in range(count // 4):
+        reply = replies.read(node.answer(mutated(good, ask, k), 0, NODES), asked, 0)
+        seen.add(reply.uploads[0].status)
+    assert seen <= {"ok", "failed", "rejected"} and "failed" in seen and ("ok" in seen) == (ask == "keys")
+    assert {path.name for path in (tmp_path / "states").rglob("*") if path.is_file()} <= {"partition-0"}
+    assert [path.name for path in tmp_path.iterdir()] in ([], ["states"])

@@ -29,6 +29,12 @@ def numpy_generator(seed: int, *names: int | str) -> np.random.Generator:
     return np.random.default_rng(derive(seed, *names))
 
 
+def noise_generator(seed: int, *names: int | str) -> np.random.Generator:
+    """A NumPy generator whose state is of 256 bits: for noise that hides something, if the seed is a secret of 256."""
+    text = "\0".join([str(seed), *map(str, names)])
+    return np.random.default_rng(int.from_bytes(hashlib.blake2b(text.encode(), digest_size=32).digest(), "big"))
+
+
 def module_seed(rng: torch.Generator) -> int:
     """What `seeded_globals` lends to layers that draw: one number of rng's."""
     return int(torch.empty((), dtype=torch.int64).random_(generator=rng))

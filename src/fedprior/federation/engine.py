@@ -13,6 +13,7 @@ there; who may join at all is decided by Flower, by keys (docs/federation.md).
 from __future__ import annotations
 
 import logging
+import secrets
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -25,6 +26,7 @@ from fedprior.federation import bundle, replies
 from fedprior.federation.node import about
 from fedprior.federation.replies import Asked
 from fedprior.federation.secure_server import Exchange
+from fedprior.layer import LAYERS
 from fedprior.records import Round
 from fedprior.round import RoundWork, Upload
 from fedprior_node import mail
@@ -70,6 +72,7 @@ class GridEngine:
         poll: seconds between two looks for replies.
         most_examples: that a client may claim to have: examples are weights.
         history: rounds of the run before it was resumed.
+        secret: 256 bits that the server's noise derives from under privacy=...; nodes know the run's seed.
     """
 
     grid: Any
@@ -79,12 +82,13 @@ class GridEngine:
     poll: float = 0.2
     most_examples: int = 1_000_000
     history: Sequence[Round] = ()
+    secret: int = field(default_factory=lambda: secrets.randbits(256), repr=False)
     _accepted: dict[int, int] = field(default_factory=dict, repr=False)
     _claims: dict[int, int] = field(default_factory=dict, repr=False)  # node -> partition, -1 for a useless node
     _places: dict[int, int] = field(default_factory=dict, repr=False)  # partition -> node
     _hellos: dict[str, int] = field(default_factory=dict, repr=False)  # message -> node
     _met: bool = field(default=False, repr=False)
-    layers = ("secure",)
+    layers = LAYERS
 
     def map_sum(self, work: Work, indices: Sequence[int]) -> Stats | None:
         """The sum of the clients' statistics in the order of `indices`."""
@@ -168,6 +172,8 @@ class GridEngine:
     def _of_round(self, work: RoundWork, clients: Sequence[Client]) -> Iterator[Upload]:
         """The uploads of a round, which under secure=... takes several exchanges."""
         if work.algorithm.secure is None:
+            if work.algorithm.privacy is not None:
+                work.layer = replace(work.layer, seed=self.secret)
             return self.uploads(work, clients, lambda some: self._round(work, some))
         exchange = Exchange(self, work, clients)
         work.layer = replace(work.layer, parties=exchange)
@@ -227,7 +233,10 @@ class GridEngine:
         return bundle.pack({"ask": ask, **self._header(work), "number": work.number, "clients": last}, parts)
 
     def _header(self, work: RoundWork) -> dict[str, Any]:
-        return {"run": self.run, "seed": work.seed, "rounds": work.rounds, "cohort": work.cohort}
+        header = {"run": self.run, "seed": work.seed, "rounds": work.rounds, "cohort": work.cohort}
+        privacy = work.algorithm.privacy
+        noise, clip = (privacy.noise_multiplier, work.layer.most) if privacy else (None, 0.0)
+        return header | {"population": len(work.population), "noise": noise, "clip": clip}
 
     def _read(self, work: RoundWork, message: Any, asked: Mapping[int, Asked]) -> replies.Reply:
         """A reply from Flower: an error of its own, or a blob."""

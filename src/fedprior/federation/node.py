@@ -14,7 +14,7 @@ from __future__ import annotations
 import re
 import traceback
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -126,7 +126,7 @@ class Node:
             if work is None or down is not work.down:
                 work = self._work(header, clients, partition).changed((header["number"], down, {}, None))
                 work.store, work.population = store, clients
-                work.layer = session and session.layer(work)
+                work.layer = session and session.layer(work, header["clip"])
             entry, payload = self._train(work, store, index, partition, partitions)
             entries.append(entry)
             payloads.append(payload)
@@ -134,12 +134,12 @@ class Node:
 
     def _work(self, header: dict[str, Any], clients: Any, partition: int) -> RoundWork:
         """The run's work; the plan is made again when the run is another one."""
-        key = tuple(header[name] for name in ("run", "seed", "rounds", "cohort"))
+        key = tuple(header[name] for name in ("run", "seed", "rounds", "cohort", "population", "noise"))
         if self._made is None or self._made[0] != key:
             objective = Objective(self.model, self.loss, self.device)
             x = clients[next(iter(clients)) if isinstance(clients, Mapping) else partition].train.x[:1].to(self.device)
             algorithm, eta, up_schema = planning.prepare(
-                self.algorithm, objective, x, header["rounds"], header["cohort"]
+                private(self.algorithm, header), objective, x, header["rounds"], header["cohort"]
             )
             self._made = (
                 key,
@@ -213,6 +213,16 @@ class NodeStore:
 
     def rollback(self, number: int) -> None:
         """Nothing, for the same reason."""
+
+
+def private(algorithm: Algorithm, header: Mapping[str, Any]) -> Algorithm:
+    """With the noise that the server found for the run, where the algorithm names none."""
+    privacy = algorithm.privacy
+    if privacy is None:
+        return algorithm
+    noise = header["noise"] if privacy.noise_multiplier is None else privacy.noise_multiplier
+    known = {"cohort": header["cohort"], "population": header["population"], "noise_multiplier": noise}
+    return replace(algorithm, privacy=replace(privacy, **known))
 
 
 def about(work: RoundWork) -> dict[str, Any]:

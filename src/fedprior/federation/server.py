@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import secrets
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
@@ -22,7 +23,7 @@ from fedprior.records import Round, read, write_atomically
 from fedprior.result import Result
 from fedprior.run import RECORDS, run
 
-ABOUT = "federation.json"
+ABOUT, SECRET = "federation.json", "noise.key"
 
 
 @dataclass(frozen=True)
@@ -118,7 +119,8 @@ def serve(
         raise ValueError("the server has no data: give it test=, or example=, one example of the clients' shape")
     out = Path(settings.out.replace("{run}", str(run_id))).expanduser()
     history = read(out / RECORDS) if settings.resume else []
-    engine = GridEngine(grid, settings.nodes, _key(out, run_id, settings.resume), settings.seconds, history=history)
+    key, secret = _key(out, run_id, settings.resume), _secret(out) if algorithm.privacy else 0
+    engine = GridEngine(grid, settings.nodes, key, settings.seconds, history=history, secret=secret)
     result = run(
         algorithm,
         model,
@@ -150,6 +152,20 @@ def _key(out: Path, run_id: int, resume: bool) -> str:
     out.mkdir(parents=True, exist_ok=True)
     write_atomically(path, json.dumps({**about, "flower": [*about["flower"], run_id]}).encode())
     return about["run"]
+
+
+def _secret(out: Path) -> int:
+    """What the run's noise derives from: a round that is run again after a crash has the same noise."""
+    path = out / SECRET
+    if not path.exists():
+        with os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
+            file.write(f"{secrets.randbits(256):064x}")
+            file.flush()
+            os.fsync(file.fileno())
+    text = path.read_text(encoding="utf-8")
+    if len(text) != 64:
+        raise ValueError(f"{path} is torn, and no round can have used it: remove it if {RECORDS} has no rounds")
+    return int(text, 16)
 
 
 def _tell(record: Round) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
+import numpy as np
 import torch
 
 from fedprior import tree, wire
@@ -15,7 +16,7 @@ from fedprior.privacy.clipping import clip, unit
 from fedprior.privacy.dp import Privacy
 from fedprior.privacy.layout import kept
 from fedprior.records import ClientRecord
-from fedprior.rng import generator
+from fedprior.rng import noise_generator
 
 
 @dataclass
@@ -25,7 +26,7 @@ class Central:
     Attributes:
         most: C.
         schema: of a client's message.
-        seed, number: of the noise.
+        seed, number: of the noise; in a federation the seed is a secret of the server's (federation/engine.py).
     """
 
     algorithm: Algorithm
@@ -55,27 +56,26 @@ class Central:
         if total is not None:
             within = float(total["privacy"]["within"])
             message = wire.flat(replace(total, terms={t: v for t, v in total.terms.items() if t != "privacy"}))
-        rng = generator(self.seed, self.number, "privacy")
+        rng = noise_generator(self.seed, self.number, "privacy")
         message = self._noisy(message, eta, rng)
         like = next(iter(tree.flatten(eta).values()))
         summed = wire.unflat({k: v.to(like.device) for k, v in message.items()}, float(privacy.cohort))
         share = noisy_share(privacy, within - answered / 2, privacy.sigma_b, rng)
         return finished(self.algorithm, privacy, eta, summed, share, self.most, self.number, records)
 
-    def _noisy(self, message: Params, eta: Eta, rng: torch.Generator) -> Params:
+    def _noisy(self, message: Params, eta: Eta, rng: np.random.Generator) -> Params:
         """Gaussian noise where there may be a value."""
         places, out = kept(self.algorithm.prior, eta, self.schema), {}
         for key, value in message.items():
             sigma = self.privacy.noise * self.most * unit(key, self.privacy.scales)
-            noise = sigma * torch.randn(value.shape, generator=rng, dtype=torch.float64)
-            noise *= torch.from_numpy(places[key]).view(value.shape)
+            noise = torch.from_numpy(sigma * rng.standard_normal(value.numel()) * places[key]).view(value.shape)
             out[key] = (value.cpu().double() + noise).to(value.dtype)
         return out
 
 
-def noisy_share(privacy: Privacy, centred: float, sigma: float, rng: torch.Generator | None) -> float:
+def noisy_share(privacy: Privacy, centred: float, sigma: float, rng: np.random.Generator | None) -> float:
     """b of an adaptive C: from the sum of b_s - 1/2, and noise that is still to be added."""
-    noise = sigma * float(torch.randn((), generator=rng, dtype=torch.float64)) if rng is not None else 0.0
+    noise = sigma * rng.standard_normal() if rng is not None else 0.0
     return (centred + noise) / privacy.cohort + 0.5
 
 

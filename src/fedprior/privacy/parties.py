@@ -12,9 +12,12 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import NamedTuple, Protocol
 
+import numpy as np
+
 from fedprior.privacy import secure
 from fedprior.privacy.masks import threshold_for
 from fedprior.privacy.secure import ClientState
+from fedprior.rng import noise_generator
 
 
 class Secrets(Protocol):
@@ -22,6 +25,10 @@ class Secrets(Protocol):
 
     def state(self, index: int) -> ClientState:
         """Of one client, once it has the others' shares; a SecureError for a client that is not in the round."""
+        ...
+
+    def noise(self, index: int) -> np.random.Generator:
+        """What one client draws the noise of its vector from."""
         ...
 
 
@@ -138,6 +145,10 @@ class Simulated:
             return self.agreed.states[index]
         inbox = {i: b"" for i in self.members if i != index}
         return ClientState(index, _secret(self.seed, self.number, index), self.roster, inbox)
+
+    def noise(self, index: int) -> np.random.Generator:
+        """From the run's seed."""
+        return noise_generator(self.seed, self.number, index, "noise")
 
     def reveal(self, asked: bytes, alive: Sequence[int]) -> dict[int, bytes]:
         """The shares of those that are still there."""

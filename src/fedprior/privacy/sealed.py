@@ -25,7 +25,6 @@ from fedprior.privacy.layout import Field, Layout, kept
 from fedprior.privacy.masks import SecureError, threshold_for
 from fedprior.privacy.parties import Simulated
 from fedprior.records import ClientRecord
-from fedprior.rng import numpy_generator
 
 
 def layout(setting: Setting, number: int, eta: Eta, most: float) -> Layout:
@@ -114,7 +113,7 @@ class Sealed:
         message, _ = wire.difference(self.algorithm, eta, stats)
         if not tree.finite(message.values()):
             return b""
-        rng = numpy_generator(self.seed, self.number, index, "noise")
+        rng = self.parties.noise(index)
         if privacy is not None:
             room = self.most - rounding(self.layout, privacy.scales)
             message, inside = clip(message, room, privacy.scales)
