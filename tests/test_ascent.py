@@ -55,7 +55,9 @@ def test_a_model_that_holds_its_weights_computes_the_same(name: str) -> None:
         outputs.square().sum().backward()
         grads = {k: phi[k].grad for k in objective.trainable}
         found.append(({k: v.detach() for k, v in phi.items()}, {**grads, "outputs": outputs.detach()}))
-    assert equal(found[0][0], found[1][0]) and equal(found[0][1], found[1][1])
+    assert equal(found[0][0], found[1][0])
+    for plain, held in zip(*(side[1].values() for side in found), strict=True):  # some layers add in another order
+        torch.testing.assert_close(held, plain, rtol=1e-5, atol=1e-5 * float(plain.abs().max()))
     assert (name != "batch norm") == equal(found[1][0], start)  # running moments move
     assert equal(dict(objective.model.state_dict()), dict(before))
 

@@ -203,7 +203,8 @@ def test_a_client_trains_a_model_of_the_size_of_its_part() -> None:
         sizes.append([tuple(t.shape) for t in tensors])
         return torch.optim.SGD(tensors, lr=0.1)
 
-    fp.run(fp.Algorithm(priors.Dropout(0.5), inference.Point(0.1, optimizer=sgd)), MODEL, CLIENTS, rounds=1)
+    algorithm = fp.Algorithm(priors.Dropout(0.5), inference.Point(0.1, optimizer=sgd))
+    fp.run(algorithm, MODEL, CLIENTS, rounds=1, engine=fp.engines.Sequential(1))  # in this process
     a, b = kept("0.5", 6), kept("0.5", 5)
     assert sizes == [[(a, 4), (a,), (b, a), (b,), (3, b), (3,)]] * len(CLIENTS)
 
