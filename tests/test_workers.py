@@ -404,6 +404,7 @@ def test_costs_put_the_dearest_first_and_forget_the_oldest(monkeypatch: pytest.M
 
 def endless(how: str) -> None:
     """Rounds until somebody ends it; tells the processes of its workers after the first."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
 
     def told(record: fp.Round) -> None:
         if record.number == 2:
