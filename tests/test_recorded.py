@@ -10,7 +10,7 @@ import fedprior as fp
 from fedprior import recorded
 from fedprior.losses import LOSSES
 from fedprior.objective import Objective
-from fedprior.rng import generator
+from fedprior.rng import generator, seeded_globals
 
 FEATURES, CLASSES = 12, 3
 
@@ -184,3 +184,33 @@ def test_a_run_without_records_has_the_same_bits(monkeypatch):
     without = run()
     for k, v in with_records.eta.mean.items():
         assert torch.equal(v, without.eta.mean[k])
+
+
+def through_a_view(x: Tensor) -> tuple[Tensor, ...]:
+    """Changes a part of what it returns, by a name that nothing reads afterwards."""
+    y = x.clone()
+    y[0].mul_(2)
+    return (y,)
+
+
+def a_draw_that_is_not_used(x: Tensor) -> tuple[Tensor, ...]:
+    """The second draw depends on the first having been made."""
+    torch.rand_like(x)
+    return (x + torch.rand_like(x),)
+
+
+def flat(x: Tensor) -> tuple[Tensor, ...]:
+    """A view of one layout, a copy of another."""
+    return (x.reshape(-1),)
+
+
+@pytest.mark.parametrize("function", [through_a_view, a_draw_that_is_not_used, flat])
+def test_effects_draws_and_layouts_are_those_of_the_function(function) -> None:
+    programs = recorded.Programs(function)
+    x = torch.arange(9.0).view(3, 3)
+    for i, at in enumerate([x, x + 1, x.t(), x.t() - 2]):
+        found = []
+        for compute in (programs, function):
+            with seeded_globals(generator(i), torch.device("cpu")):
+                found.append(compute(at.clone(memory_format=torch.preserve_format))[0])
+        assert torch.equal(*found)
