@@ -1,10 +1,11 @@
-"""Posteriors drawn at random for a case of the laws' tables."""
+"""Posteriors drawn at random for a case of the laws' tables, and damage to bytes."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
 
 from fedprior import Params, posteriors, tree
@@ -25,6 +26,15 @@ class Diagonal:
 
     def second_moment(self) -> Params:
         return tree.map(lambda m, v: m**2 + v, self.m, self.v)
+
+
+def torn(data: bytes, rng: np.random.Generator, cut: bool) -> bytes:
+    """One to three bytes changed, and the end cut off, if it is to be."""
+    changed = bytearray(data)
+    places = rng.integers(len(changed), size=int(rng.integers(1, 4)))
+    for place, value in zip(places, rng.integers(1, 256, size=len(places)), strict=True):
+        changed[place] ^= int(value)
+    return bytes(changed[: int(rng.integers(len(changed)))] if cut else changed)
 
 
 def normal(rng: torch.Generator, like: Params) -> Params:

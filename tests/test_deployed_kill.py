@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
@@ -87,6 +87,15 @@ def nodes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Deployment]:
         yield d
 
 
+def counted_once(folder: Path, want: fp.Result, shown: Callable[[list[fp.Round]], Any], told: str) -> None:
+    """Bits, records as far as they are `shown`, and one state a client: those of the simulation."""
+    history, saved = records.read(folder / "out" / "records.jsonl"), checkpoint.read(folder / "out")
+    assert saved is not None and equal(saved.eta, tree.flatten(want.eta)), told
+    assert without_seconds(history) == shown(want.history), told
+    states = list((folder / "job").glob("*/client-*"))
+    assert len(states) == len({c.index for r in want.history for c in r.clients})
+
+
 SECURE = "replace(fp.fedper(lr=0.1), weighting='uniform', secure=SecureSum())"
 
 
@@ -108,14 +117,9 @@ def test_a_server_that_is_killed_resumes_and_counts_nothing_twice(nodes: Deploym
     before = records.read(tmp_path / "out" / "records.jsonl")
     nodes.stop("run")
     printed = start_run(nodes, tmp_path, rounds=2, resume=True)
-    history, want = records.read(tmp_path / "out" / "records.jsonl"), simulated(task, rounds=2)
-    saved = checkpoint.read(tmp_path / "out")
     told = f"killed {moment:.2f} s after round 1\n{printed}"
     assert servers and len(before) == 1, told
-    assert saved is not None and equal(saved.eta, tree.flatten(want.eta)), told
-    assert without_seconds(history) == hidden(want.history), told
-    states = list((tmp_path / "job").glob("*/client-*"))
-    assert len(states) == len({c.index for r in want.history for c in r.clients})
+    counted_once(tmp_path, simulated(task, rounds=2), hidden, told)
 
 
 @slow
@@ -141,14 +145,9 @@ def test_a_superlink_that_is_killed_and_everything_started_anew_has_the_bits_of_
         for partition in range(NODES):
             d.node(partition, NODES)
         printed = start_run(d, tmp_path, rounds=2, resume=True)
-    history, want = records.read(tmp_path / "out" / "records.jsonl"), simulated(task, rounds=2)
-    saved = checkpoint.read(tmp_path / "out")
     told = f"killed {moment:.2f} s after round 1\n{printed}"
     assert killed and len(before) == 1, told
-    assert saved is not None and equal(saved.eta, tree.flatten(want.eta)), told
-    assert without_seconds(history) == without_seconds(want.history), told
-    states = list((tmp_path / "job").glob("*/client-*"))
-    assert len(states) == len({c.index for r in want.history for c in r.clients})
+    counted_once(tmp_path, simulated(task, rounds=2), without_seconds, told)
 
 
 @slow

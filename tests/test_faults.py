@@ -12,6 +12,7 @@ import torch
 
 import fedprior as fp
 from cases import classification_clients, equal, without_seconds
+from draws import torn
 from fedprior import checkpoint, records, tree
 from fedprior.codecs.frame import HEADER_BYTES
 from fedprior.rng import numpy_generator
@@ -162,13 +163,8 @@ def test_mutated_payloads_are_messages_or_refused(count: int) -> None:
 
 def mutated(case: Case, message, original: bytes, number: int, k: int) -> bool:
     rng = numpy_generator(0, "mutated", number, k)
-    payload = bytearray(original)
-    places = rng.integers(len(payload), size=int(rng.integers(1, 4)))
-    for place, value in zip(places, rng.integers(1, 256, size=len(places)), strict=True):
-        payload[place] ^= int(value)
-    if k % 5 == 0:
-        del payload[int(rng.integers(len(payload))) :]
+    payload = torn(original, rng, k % 5 == 0)
     sealed = k % 2 and len(payload) >= HEADER_BYTES
-    got = valid_or_refused(case, seal(bytes(payload)) if sealed else bytes(payload), message)
-    assert sealed or not got or bytes(payload) == original
+    got = valid_or_refused(case, seal(payload) if sealed else payload, message)
+    assert sealed or not got or payload == original
     return got

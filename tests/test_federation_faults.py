@@ -12,6 +12,7 @@ import pytest
 
 import fedprior as fp
 from cases import equal
+from draws import torn
 from fedprior import tree
 from fedprior.privacy import SecureSum
 from fedprior.rng import numpy_generator
@@ -80,12 +81,7 @@ def test_a_federation_does_not_look_at_the_wall_clock(tmp_path: Path, monkeypatc
 
 def mutated(data: bytes, name: str, k: int) -> bytes:
     """One to three bytes changed; in one of five also cut."""
-    rng = numpy_generator(0, name, k)
-    torn = bytearray(data)
-    places = rng.integers(len(torn), size=int(rng.integers(1, 4)))
-    for place, value in zip(places, rng.integers(1, 256, size=len(places)), strict=True):
-        torn[place] ^= int(value)
-    return bytes(torn[: int(rng.integers(len(torn)))] if k % 5 == 0 else torn)
+    return torn(data, numpy_generator(0, name, k), k % 5 == 0)
 
 
 counts = pytest.mark.parametrize("count", [5_000, pytest.param(100_000, marks=pytest.mark.slow)])

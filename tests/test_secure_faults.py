@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from draws import torn
 from fedprior.codecs import PayloadError
 from fedprior.privacy import masks, secure
 from fedprior.privacy.fixed_point import FixedPoint
@@ -39,13 +40,7 @@ READERS: dict[str, tuple[bytes, Callable[[bytes], Any]]] = {
 def mutated(data: bytes, name: str, k: int) -> bytes:
     """One to three bytes changed; in one of five also cut, in another one of five longer."""
     rng = numpy_generator(0, name, k)
-    torn = bytearray(data)
-    places = rng.integers(len(torn), size=int(rng.integers(1, 4)))
-    for place, value in zip(places, rng.integers(1, 256, size=len(places)), strict=True):
-        torn[place] ^= int(value)
-    if k % 5 == 0:
-        del torn[int(rng.integers(len(torn))) :]
-    return bytes(torn) + rng.bytes(int(rng.integers(1, 90))) * (k % 5 == 1)
+    return torn(data, rng, k % 5 == 0) + rng.bytes(int(rng.integers(1, 90))) * (k % 5 == 1)
 
 
 @pytest.mark.parametrize("count", [500, pytest.param(100_000, marks=pytest.mark.slow)])
@@ -66,10 +61,10 @@ def test_mutated_messages_are_read_or_refused(name: str, count: int) -> None:
 def test_no_mutated_vector_is_taken_for_one() -> None:
     """Every byte of it is under its header, or its checksum."""
     for place in range(len(VECTOR)):
-        torn = bytearray(VECTOR)
-        torn[place] ^= 1
+        other = bytearray(VECTOR)
+        other[place] ^= 1
         with pytest.raises(PayloadError):
-            LAYOUT.unpack(bytes(torn))
+            LAYOUT.unpack(bytes(other))
 
 
 def test_no_request_but_the_true_one_is_answered_twice() -> None:

@@ -69,13 +69,10 @@ def build(config: Config) -> Experiment:
     outputs = len(VOCABULARY) if config.data.name == "shakespeare" else _outputs(train, test)
     model = configs.resolve(config.model, config.data.name, train.x, outputs, config.run.seed)
     config = replace(config, data=replace(config.data, partition=scheme, clients=len(clients)), model=model)
-    fitting, shown = _fitting_model(config, train), test if len(test) else None
+    loss = "regression" if train.y.is_floating_point() else "classification"
     if model.name in AUTOENCODERS:
-        shown = None if shown is None else data.autoencoding(shown)
-        return Experiment(config, data.autoencoding(clients), shown, fitting, "autoencoder")
-    return Experiment(
-        config, clients, shown, fitting, "regression" if train.y.is_floating_point() else "classification"
-    )
+        clients, test, loss = data.autoencoding(clients), data.autoencoding(test), "autoencoder"
+    return Experiment(config, clients, test if len(test) else None, _fitting_model(config, train), loss)
 
 
 def _fitting_model(config: Config, train: Examples) -> nn.Module:

@@ -120,6 +120,14 @@ def write_atomically(path: Path, data: bytes) -> None:
         os.close(folder)
 
 
+def write_private(path: Path, data: bytes) -> None:
+    """A new file that its owner alone can read, synced; a FileExistsError if there is one."""
+    with os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+
+
 class RecordFile:
     """An append-only file of rounds, cut back to its valid beginning on opening.
 

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import datetime
 import ipaddress
-import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
@@ -19,6 +18,8 @@ from cryptography import x509  # pyright: ignore[reportMissingImports]
 from cryptography.hazmat.primitives import hashes, serialization  # pyright: ignore[reportMissingImports]
 from cryptography.hazmat.primitives.asymmetric import ec  # pyright: ignore[reportMissingImports]
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID  # pyright: ignore[reportMissingImports]
+
+from fedprior.records import write_private
 
 ALWAYS = ("localhost", "127.0.0.1")  # the SuperLink's own processes connect to it there
 
@@ -104,6 +105,4 @@ def _signed(builder: x509.CertificateBuilder, ca: ec.EllipticCurvePrivateKey) ->
 
 
 def _private(path: Path, key: ec.EllipticCurvePrivateKey, form: serialization.PrivateFormat) -> None:
-    data = key.private_bytes(serialization.Encoding.PEM, form, serialization.NoEncryption())
-    with os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:
-        file.write(data)
+    write_private(path, key.private_bytes(serialization.Encoding.PEM, form, serialization.NoEncryption()))

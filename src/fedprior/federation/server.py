@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import secrets
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
@@ -19,7 +18,7 @@ from fedprior.algorithm import Algorithm
 from fedprior.core import Examples
 from fedprior.federation.engine import GridEngine, Roster
 from fedprior.losses import Loss, PerExample
-from fedprior.records import Round, read, write_atomically
+from fedprior.records import Round, read, write_atomically, write_private
 from fedprior.result import Result
 from fedprior.run import RECORDS, run
 
@@ -158,10 +157,7 @@ def _secret(out: Path) -> int:
     """What the run's noise derives from: a round that is run again after a crash has the same noise."""
     path = out / SECRET
     if not path.exists():
-        with os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
-            file.write(f"{secrets.randbits(256):064x}")
-            file.flush()
-            os.fsync(file.fileno())
+        write_private(path, f"{secrets.randbits(256):064x}".encode())
     text = path.read_text(encoding="utf-8")
     if len(text) != 64:
         raise ValueError(f"{path} is torn, and no round can have used it: remove it if {RECORDS} has no rounds")
