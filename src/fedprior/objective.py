@@ -170,6 +170,8 @@ class Objective:
         if not cut.removed:
             return self
         if self._smaller is None or self._smaller[0] != cut:
+            if self._smaller is not None:
+                self._smaller[1]._recorded.clear()  # they hold the one before, which would be freed late
             smaller = Objective(slim(self.model, cut), self.loss)
             smaller.made_by = cut
             self._smaller = cut, smaller

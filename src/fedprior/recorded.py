@@ -107,7 +107,7 @@ class _Recorder(TorchDispatchMode):
         body = "\n    ".join(reversed(text))
         scope = dict(self._values)
         exec(f"def program({', '.join(self._inputs)}):\n    {body}", scope)
-        return scope["program"]
+        return scope.pop("program")  # else it would hold itself, and be freed late
 
     def _named(self, tensor: Tensor, kind: str) -> str:
         if id(tensor) not in self._names:
