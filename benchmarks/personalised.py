@@ -2,6 +2,7 @@
 
     python benchmarks/personalised.py run --out personalised --setting labels --seeds 1      # goes on where it stopped
     python benchmarks/personalised.py run --out personalised --only fedavg,ditto --seeds 1,2,3
+    python benchmarks/personalised.py run --out personalised --device cuda --jobs 8          # processes at once
     python benchmarks/personalised.py table --out personalised                               # Markdown, of what has run
 
 Setting "labels": Fashion-MNIST, 100 clients with at most 5 labels each (5 shards); "skewed": Dirichlet(0.1); an MLP
@@ -24,6 +25,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -111,7 +113,7 @@ def made(name: str, setting: Setting, lr: float, clients: int) -> fp.Algorithm:
     return make(lr=lr, batch_size=setting.batch_size, **count)
 
 
-def measure(setting: str, name: str, seed: int, lr: float, tuning: bool) -> Row:
+def measure(setting: str, name: str, seed: int, device: str, lr: float, tuning: bool) -> Row:
     """One run's numbers."""
     common, clients = SETTINGS[setting], SETTINGS[setting].data(seed)
     result = fp.run(
@@ -121,12 +123,18 @@ def measure(setting: str, name: str, seed: int, lr: float, tuning: bool) -> Row:
         rounds=common.rounds // 2 if tuning else common.rounds,
         cohort=10,
         seed=seed,
-        engine=fp.engines.Sequential(1),
+        engine=fp.engines.Sequential(1) if device == "cpu" else "auto",
+        device=device,
         progress=False,
     )
     rows = [r for r in result.personalised(validated(clients) if tuning else clients, LIMIT) if r["on"] == "held_out"]
     numbers = {key: value for key, spread in over_clients(rows).items() for key, value in flat(key, spread)}
-    more = {"mb": (result.bytes_up + result.bytes_down) / 1e6, "seconds": result.seconds, "clients": len(rows)}
+    more = {
+        "mb": (result.bytes_up + result.bytes_down) / 1e6,
+        "seconds": result.seconds,
+        "clients": len(rows),
+        "device": device,
+    }
     return {"setting": setting, "name": name, "seed": seed, "lr": lr} | more | numbers
 
 
@@ -143,37 +151,42 @@ def remembered(path: Path, make: Callable[[], Row]) -> Row:
     return json.loads(path.read_text())
 
 
-def one(out: Path, setting: str, name: str, seed: int) -> None:
+def one(out: Path, setting: str, name: str, seed: int, device: str) -> None:
     """One algorithm with one seed; its learning rate is chosen first, if it has not been."""
     torch.set_num_threads(1)
     (out / "tuning").mkdir(parents=True, exist_ok=True)
     tuned = [
         remembered(
             out / "tuning" / f"{slug(setting, name, TUNED)}-{lr:g}.json",
-            partial(measure, setting, name, TUNED, lr, True),
+            partial(measure, setting, name, TUNED, device, lr, True),
         )
         for lr in SETTINGS[setting].rates
     ]
     best = max(tuned, key=lambda r: r["after_accuracy"])
     row = remembered(
-        out / f"{slug(setting, name, seed)}.json", partial(measure, setting, name, seed, best["lr"], False)
+        out / f"{slug(setting, name, seed)}.json", partial(measure, setting, name, seed, device, best["lr"], False)
     )
     print(f"{setting}: {name}, seed {seed}, lr {row['lr']}: {100 * row['after_accuracy']:.2f} %", flush=True)
 
 
 def run(options: argparse.Namespace) -> None:
     """Every algorithm in a process of its own; those that fail are named at the end."""
-    names, failed = options.only.split(",") if options.only else [n for n in fp.ALGORITHMS if n not in OTHER], []
-    for seed in options.seeds.split(","):
-        for name in names:
-            if (options.out / f"{slug(options.setting, name, int(seed))}.json").exists():
-                continue
-            own = ["--out", str(options.out), "--setting", options.setting, "--only", name, "--seeds", seed]
-            environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-            if subprocess.run([sys.executable, __file__, "one", *own], env=environment).returncode:
-                failed.append(f"{name}, seed {seed}")
-    if failed:
-        raise SystemExit(f"failed: {'; '.join(failed)}")
+    names = options.only.split(",") if options.only else [n for n in fp.ALGORITHMS if n not in OTHER]
+
+    def failed(name: str, seed: str) -> str:
+        if (options.out / f"{slug(options.setting, name, int(seed))}.json").exists():
+            return ""
+        own = ["--setting", options.setting, "--only", name, "--seeds", seed, "--device", options.device]
+        command = [sys.executable, __file__, "one", "--out", str(options.out), *own]
+        done = subprocess.run(command, env={**os.environ, "OMP_NUM_THREADS": "1"})
+        return f"{name}, seed {seed}" if done.returncode else ""
+
+    failures: list[str] = []
+    with ThreadPoolExecutor(options.jobs) as jobs:
+        for seed in options.seeds.split(","):  # the first of them chooses the learning rates
+            failures += filter(None, jobs.map(partial(failed, seed=seed), names))
+    if failures:
+        raise SystemExit(f"failed: {'; '.join(failures)}")
 
 
 def table(rows: Sequence[Row]) -> list[str]:
@@ -200,11 +213,13 @@ def main() -> None:
     parser.add_argument("--setting", choices=list(SETTINGS), default="labels")
     parser.add_argument("--only", default="")
     parser.add_argument("--seeds", default="1")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--jobs", type=int, default=1)
     options = parser.parse_args()
     if options.command == "run":
         return run(options)
     if options.command == "one":
-        return one(options.out, options.setting, options.only, int(options.seeds))
+        return one(options.out, options.setting, options.only, int(options.seeds), options.device)
     for setting in SETTINGS:
         rows = [json.loads(path.read_text()) for path in sorted(options.out.glob(f"{setting}-*.json"))]
         if rows:

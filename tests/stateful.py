@@ -25,7 +25,7 @@ class Counting:
         self, objective: Objective, prior: Prior, eta: Eta, client: Client, state: Params | None, rng: torch.Generator
     ) -> tuple[Any, Params | None]:
         q, _ = self.point.e_step(objective, prior, eta, client, None, rng)
-        rounds = torch.ones(1) if state is None else state["rounds"] + 1
+        rounds = torch.ones(1, device=client.train.x.device) if state is None else state["rounds"] + 1
         return posteriors.Point({k: v + 0.001 * rounds for k, v in q.phi.items()}), {"rounds": rounds}
 
 

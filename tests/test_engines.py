@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
@@ -274,6 +275,13 @@ def test_a_resumed_run_has_the_bits_of_the_loop(
     got = case.run(engine.make(), out=tmp_path, checkpoint_every=2, resume=True, on_round=again.append)
     assert [r.number for r in again] == [3, 4]
     check(got, wanted(position), engine.tolerance)
+
+
+@pytest.mark.parametrize("position", range(len(CASES)), ids=[c.name for c in CASES])
+def test_every_algorithm_says_what_a_client_predicts(position: int) -> None:
+    for row in wanted(position).personalised(CASES[position].clients[:2]):
+        numbers = [v for v in row.values() if isinstance(v, float)]
+        assert len(numbers) >= 2 and all(map(math.isfinite, numbers))
 
 
 def test_an_engine_by_its_name() -> None:

@@ -49,6 +49,17 @@ def test_one_undamped_round_is_the_product_posterior(make: Callable[..., fp.Algo
 
 
 @NAMED
+def test_a_client_predicts_with_the_product_that_has_its_factor_once(make: Callable[..., fp.Algorithm]) -> None:
+    """Those that took part are in q already; the last one, which did not, is added to it."""
+    *seen, unseen = DIAGONAL
+    result = quadratics.run(make(precision=3.0, damping=1.0, **ONE_STEP), seen, 1)
+    for client, mean in [*((c, product(seen, 3.0)[0]) for c in seen), (unseen, product(DIAGONAL, 3.0)[0])]:
+        [phi] = result.personal(client).models
+        assert torch.allclose(phi["weight"][0], mean, rtol=0, atol=1e-9)
+    assert not torch.allclose(product(seen, 3.0)[0], product(DIAGONAL, 3.0)[0], atol=1e-3)
+
+
+@NAMED
 def test_damping_and_a_cohort_reach_it_as_well(make: Callable[..., fp.Algorithm]) -> None:
     """A factor is replaced, not added again: rounds with some of the clients count nobody twice."""
     mean, matrix = product(DIAGONAL, 3.0)

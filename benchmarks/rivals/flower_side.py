@@ -36,7 +36,7 @@ def parts(name: str) -> tuple[torch.nn.Module, Population]:
     """The model and the population, once a process."""
     torch.set_num_threads(1)
     row = engines.ROWS[name]
-    return row.model(), row.clients()
+    return row.model(), row.clients("cpu")
 
 
 @client_app.train()
@@ -61,7 +61,7 @@ def train(message: Message, context: Context) -> Message:
 def main(name: str, rounds: int) -> None:
     os.environ["ROW"] = name
     row = engines.ROWS[name]
-    clients = len(row.clients())
+    clients = len(row.clients("cpu"))
     server_app, ends = ServerApp(), []
 
     def clock(number: int, arrays: ArrayRecord) -> None:

@@ -67,7 +67,7 @@ class Clock(TrainingProcessCallback):
 def main(name: str, rounds: int) -> None:
     torch.set_num_threads(1)
     row = engines.ROWS[name]
-    clients = row.clients()
+    clients = row.clients("cpu")
 
     def make(index: int) -> Dataset:  # pfl takes batches in the order of the data: shuffled here
         train = clients[index].train

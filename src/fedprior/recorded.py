@@ -5,7 +5,7 @@ one shape are always the same, forward and backward, as long as the function dec
 recorded once, below autograd, and run again on other values. The same operations in the same order give the same bits.
 
 A recorded function must not draw a different course from call to call: `may_be_recorded` allows networks that are put
-together from PyTorch's own layers, whose operations are few.
+together from PyTorch's own layers and the library's, whose operations are few.
 """
 
 from __future__ import annotations
@@ -17,25 +17,32 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from fedprior.graphs import Graph
+
 LONG = (nn.RNNBase, nn.MultiheadAttention)
 """Layers of so many operations that bookkeeping is cheap beside them."""
-MOST = 64
+OWN = ("torch.nn.modules.", "fedprior.models.networks")
+MOST, ROOM = 64, 2**30  # shapes, and bytes of the inputs of graphs, which keep several times as much
 Function = Callable[..., tuple[Any, ...]]
 
 
 def may_be_recorded(model: nn.Module) -> bool:
-    """Is the model made of PyTorch's own layers, with no state of their own, and none of `LONG`?"""
-    own = all(type(m).__module__.startswith("torch.nn.modules.") for m in model.modules())
+    """Is the model made of layers of `OWN`, with no state of their own, and, on a CPU, none of `LONG`?"""
+    own = all(type(m).__module__.startswith(OWN) for m in model.modules())
     hooked = any(m._forward_hooks or m._forward_pre_hooks or hasattr(m, "parametrizations") for m in model.modules())
     still = not any(True for _ in model.buffers())
-    return own and still and not hooked and not any(isinstance(m, LONG) for m in model.modules())
+    long = not any(p.is_cuda for p in model.parameters()) and any(isinstance(m, LONG) for m in model.modules())
+    return own and still and not hooked and not long
 
 
 class Programs:
-    """The recorded calls of one function, for each shape of its tensors; further shapes than `MOST` run as they are."""
+    """The recorded calls of one function, for each shape of its tensors; further shapes than `MOST` run as they are.
+
+    On a GPU, a shape that comes again is captured as a CUDA graph, as long as there is `ROOM`.
+    """
 
     def __init__(self, function: Function) -> None:
-        self._function = function
+        self._function, self._room = function, ROOM
         self._programs: dict[Any, Function] = {}
 
     def __call__(self, *inputs: Tensor) -> tuple[Any, ...]:
@@ -47,6 +54,11 @@ class Programs:
                 return self._function(*inputs)
             self._programs[key], outputs = record(self._function, *inputs)
             return outputs
+        if inputs[0].is_cuda and not isinstance(program, Graph):
+            size = sum(t.nbytes for t in inputs)
+            if size <= self._room:
+                program = self._programs[key] = Graph(program, inputs)
+                self._room -= size
         return program(*inputs)
 
 
@@ -88,10 +100,9 @@ class _Recorder(TorchDispatchMode):
             self._names[id(outputs)] = given[0]
             return outputs
         call = f"{self._value(_quick(func), 'f')}({', '.join(given)})"
-        several = isinstance(outputs, tuple | list)
-        sets = [self._named(t, "v") if isinstance(t, Tensor) else "_" for t in (outputs if several else [outputs])]
         stays = func._schema.is_mutable or torch.Tag.nondeterministic_seeded in func.tags
-        self._lines.append((sets, reads, f"{', '.join(sets)}{',' * several} = {call}", stays))
+        sets: list[str] = []
+        self._lines.append((sets, reads, f"{self._target(outputs, sets)} = {call}", stays))
         return outputs
 
     def program(self, outputs: Iterable[Any]) -> Function:
@@ -108,6 +119,13 @@ class _Recorder(TorchDispatchMode):
         scope = dict(self._values)
         exec(f"def program({', '.join(self._inputs)}):\n    {body}", scope)
         return scope.pop("program")  # else it would hold itself, and be freed late
+
+    def _target(self, outputs: Any, sets: list[str]) -> str:
+        """What the outputs are assigned to; its names are added to `sets`."""
+        if isinstance(outputs, list | tuple):
+            return f"[{', '.join(self._target(t, sets) for t in outputs)}]"
+        sets.append(self._named(outputs, "v") if isinstance(outputs, Tensor) else "_")
+        return sets[-1]
 
     def _named(self, tensor: Tensor, kind: str) -> str:
         if id(tensor) not in self._names:

@@ -128,8 +128,12 @@ def join(parts: Mapping[str, Params | None]) -> Params:
     return {f"{part}/{key}": value for part, params in parts.items() for key, value in (params or {}).items()}
 
 
-def part(state: Params | None, name: str, device: str | torch.device = "cpu") -> Params | None:
-    """One part of a personal state, on `device`."""
+def part(state: Params | None, name: str, device: str | torch.device | None = None) -> Params | None:
+    """One part of a personal state, on `device`; None leaves it where it is."""
     prefix = f"{name}/"
-    own = {k.removeprefix(prefix): v.to(device) for k, v in (state or {}).items() if k.startswith(prefix)}
+    own = {
+        k.removeprefix(prefix): v if device is None else v.to(device)
+        for k, v in (state or {}).items()
+        if k.startswith(prefix)
+    }
     return own or None

@@ -1,12 +1,13 @@
 """The default engine: stacked clients, the plain loop or worker processes, whichever is faster here.
 
-Tiny models are stacked (stacked.py), by a rule that knows sizes alone: that a sum is added in another order shows in
-its last bits, and equal runs, also resumed ones, shall have equal bits.
+Tiny models are stacked (stacked.py), and on a GPU all that can be, by a rule that knows sizes alone: that a sum is
+added in another order shows in its last bits, and equal runs, also resumed ones, shall have equal bits.
 
 The loop and the workers do a client with one thread and the same operations, so that the choice between them, which
 rests on times, changes no bit of the result. The first two clients run in the loop, and the second one is timed;
 processes are forked if a round would keep the loop busy for longer than `WORTH` seconds, or, later on, has done so. On
-a GPU, on one core and for a cohort of one client there is only the loop, with PyTorch's threads as they are.
+a GPU, what cannot be stacked goes through the loop, as on one core and for a cohort of one client, with PyTorch's
+threads as they are.
 """
 
 from __future__ import annotations
@@ -35,15 +36,16 @@ class Auto:
 
     choice: str = ""
     _workers: Workers = field(default_factory=Workers, repr=False)
+    _window: int = field(default=0, repr=False)  # clients to stack at once; 0: none
     _store: Any = field(default=None, repr=False)  # of the run for which the choice was made
     layers = LAYERS
 
     def map_sum(self, work: Work, indices: Sequence[int]) -> Stats | None:
         """The sum of the clients' statistics in the order of `indices`."""
         if self._store is not work.store:
-            self.choice, self._store = worth(work, len(indices)), work.store
-        if self.choice.startswith("stacked"):
-            return Stacked().windows(work, indices)
+            (self._window, self.choice), self._store = worth(work, len(indices)), work.store
+        if self._window:
+            return Stacked(self._window).windows(work, indices)
         if self.choice.startswith("workers"):
             return self._workers.map_sum(work, indices)
         return summed(work, self._uploads(work, indices))

@@ -81,19 +81,29 @@ class Sites:
             raise ValueError("inference.Sites has no rule for running means: use a model without them (GroupNorm, say)")
         zeros = type(eta)(*(tree.map(torch.zeros_like, part) for part in eta))
         site = zeros if state is None else tree.unflatten(eta, state)
-        if self.clients is None:
-            precision = tree.map(lambda a, b: (a - b).clamp(min=prior.precision), eta.precision, site.precision)
-            cavity = type(eta)(precision, tree.map(torch.sub, eta.shift, site.shift))
-        else:
-            others = 1 - 1 / self.clients
-            cavity = type(eta)(*(tree.map(lambda v: v * others, part) for part in eta))
-        tilted = self._tilted(objective, eta, cavity, client, rng)
+        tilted = self._tilted(objective, eta, self._cavity(prior, eta, site), client, rng)
         change = [
             tree.map(lambda new, old: self.damping * (new - old), *pair) for pair in zip(tilted, eta, strict=True)
         ]
         if self.clients is None:
             state = tree.flatten(type(eta)(*(tree.map(torch.add, *pair) for pair in zip(site, change, strict=True))))
         return posteriors.Site(*change), state
+
+    def personal(
+        self, objective: Objective, prior: Any, eta: Eta, client: Client, state: Params | None, rng: torch.Generator
+    ) -> posteriors.Predictive:
+        """The mean of r."""
+        site = tree.map(torch.zeros_like, tree.flatten(eta)) if state is None else state
+        cavity = self._cavity(prior, eta, tree.unflatten(eta, site))
+        return posteriors.Predictive.point(prior.point(self._tilted(objective, eta, cavity, client, rng)))
+
+    def _cavity(self, prior: Any, eta: Eta, site: Eta) -> Eta:
+        """Natural parameters of q / t_s."""
+        if self.clients is not None:
+            others = 1 - 1 / self.clients
+            return type(eta)(*(tree.map(lambda v: v * others, part) for part in eta))
+        precision = tree.map(lambda a, b: (a - b).clamp(min=prior.precision), eta.precision, site.precision)
+        return type(eta)(precision, tree.map(torch.sub, eta.shift, site.shift))
 
     def _tilted(self, objective: Objective, eta: Eta, cavity: Eta, client: Client, rng: torch.Generator) -> Eta:
         """Natural parameters of r. Dropout is off: the posterior is the noise here."""

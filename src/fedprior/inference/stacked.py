@@ -38,7 +38,8 @@ def why_not(objective: Objective, prior: Any, x: Tensor, y: Tensor) -> str:
         return f"{type(prior).__name__} cuts the model"
     if objective.buffers:
         return "the model has running statistics"
-    if slow := [type(m).__name__ for m in objective.model.modules() if isinstance(m, (*LONG, nn.modules.conv._ConvNd))]:
+    kinds = LONG if x.is_cuda else (*LONG, nn.modules.conv._ConvNd)
+    if slow := [type(m).__name__ for m in objective.model.modules() if isinstance(m, kinds)]:
         return f"stacked {slow[0]} layers are slow"
     phi = {k: v.expand(2, *v.shape) for k, v in objective.params().items()}
     objective.train()
