@@ -9,6 +9,7 @@ from torch import Tensor, nn
 import fedprior as fp
 from fedprior import recorded
 from fedprior.losses import LOSSES
+from fedprior.models import networks
 from fedprior.objective import Objective
 from fedprior.rng import generator, seeded_globals
 
@@ -36,6 +37,10 @@ def tied() -> nn.Sequential:
     return model
 
 
+def block(inputs: int, outputs: int, stride: int) -> nn.Module:
+    return networks.ResidualBlock(inputs, outputs, stride, lambda channels: nn.GroupNorm(1, channels))
+
+
 MODELS = {
     "softmax": lambda: head(),
     "mlp": lambda: head(nn.Linear(FEATURES, 7), nn.ReLU(), nn.Linear(7, 5), nn.ReLU()),
@@ -48,6 +53,8 @@ MODELS = {
     "conv-2d": lambda: head(
         nn.Unflatten(1, (1, 3, 4)), nn.Conv2d(1, 3, 2, padding=1), nn.MaxPool2d(2), nn.ReLU(), nn.Conv2d(3, 5, (1, 2))
     ),
+    "residual": lambda: head(nn.Unflatten(1, (1, 3, 4)), block(1, 2, 1), block(2, 2, 1), block(2, 4, 2)),
+    "attention": lambda: head(nn.Unflatten(1, (3, 4)), networks.TransformerBlock(4, networks.Attention(4, 2), 8)),
     "no-bias": lambda: head(nn.Linear(FEATURES, 4, bias=False), nn.LeakyReLU()),
 }
 

@@ -20,19 +20,18 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from fedprior.graphs import Graph
 
 LONG = (nn.RNNBase, nn.MultiheadAttention)
-"""Layers of so many operations that bookkeeping is cheap beside them."""
+"""Layers of so many operations that bookkeeping is cheap beside them; cuDNN's also move their weights."""
 OWN = ("torch.nn.modules.", "fedprior.models.networks")
 MOST, ROOM = 64, 2**30  # shapes, and bytes of the inputs of graphs, which keep several times as much
 Function = Callable[..., tuple[Any, ...]]
 
 
 def may_be_recorded(model: nn.Module) -> bool:
-    """Is the model made of layers of `OWN`, with no state of their own, and, on a CPU, none of `LONG`?"""
+    """Is the model made of layers of `OWN`, with no state of their own, and none of `LONG`?"""
     own = all(type(m).__module__.startswith(OWN) for m in model.modules())
     hooked = any(m._forward_hooks or m._forward_pre_hooks or hasattr(m, "parametrizations") for m in model.modules())
     still = not any(True for _ in model.buffers())
-    long = not any(p.is_cuda for p in model.parameters()) and any(isinstance(m, LONG) for m in model.modules())
-    return own and still and not hooked and not long
+    return own and still and not hooked and not any(isinstance(m, LONG) for m in model.modules())
 
 
 class Programs:
@@ -100,9 +99,10 @@ class _Recorder(TorchDispatchMode):
             self._names[id(outputs)] = given[0]
             return outputs
         call = f"{self._value(_quick(func), 'f')}({', '.join(given)})"
+        several = isinstance(outputs, tuple | list)
+        sets = [self._named(t, "v") if isinstance(t, Tensor) else "_" for t in (outputs if several else [outputs])]
         stays = func._schema.is_mutable or torch.Tag.nondeterministic_seeded in func.tags
-        sets: list[str] = []
-        self._lines.append((sets, reads, f"{self._target(outputs, sets)} = {call}", stays))
+        self._lines.append((sets, reads, f"{', '.join(sets)}{',' * several} = {call}", stays))
         return outputs
 
     def program(self, outputs: Iterable[Any]) -> Function:
@@ -119,13 +119,6 @@ class _Recorder(TorchDispatchMode):
         scope = dict(self._values)
         exec(f"def program({', '.join(self._inputs)}):\n    {body}", scope)
         return scope.pop("program")  # else it would hold itself, and be freed late
-
-    def _target(self, outputs: Any, sets: list[str]) -> str:
-        """What the outputs are assigned to; its names are added to `sets`."""
-        if isinstance(outputs, list | tuple):
-            return f"[{', '.join(self._target(t, sets) for t in outputs)}]"
-        sets.append(self._named(outputs, "v") if isinstance(outputs, Tensor) else "_")
-        return sets[-1]
 
     def _named(self, tensor: Tensor, kind: str) -> str:
         if id(tensor) not in self._names:
