@@ -114,6 +114,14 @@ class Objective:
         ]
 
     @cached_property
+    def channels_last(self) -> bool:
+        """Should filters have their channels last in memory?
+
+        Convolutions are a third faster on a CPU then, and group norms of what they give ten times slower.
+        """
+        return not any(isinstance(m, nn.GroupNorm) for m in self.model.modules())
+
+    @cached_property
     def _faster(self) -> list[tuple[nn.Module, Callable[..., Any]]]:
         return faster(self.model)
 
