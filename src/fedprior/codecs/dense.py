@@ -37,8 +37,8 @@ class Dense:
         """One framed payload."""
         arrays = [to_numpy(value, exact(self.value_type).dtype) for value in message.values()]
         noise = Noise(arrays, self.seed)
-        body = b"".join(coding(self.value_type, values.shape).write(values, noise) for values in arrays)
-        return self._frame.pack(schema_of(message), clients, body)
+        body = (coding(self.value_type, values.shape).write(values, noise) for values in arrays)
+        return self._frame.pack(schema_of(message), clients, *body)
 
     @property
     def plain(self) -> bool:

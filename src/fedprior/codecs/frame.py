@@ -37,6 +37,7 @@ _CRC = struct.Struct("<I")
 HEADER_BYTES = _FIELDS.size + _CRC.size
 
 ValueType = Literal["float32", "float64", "bfloat16", "int8", "int4", "int2"]
+Bytes = bytes | memoryview
 VALUE_TYPES = {name: code for code, name in enumerate(get_args(ValueType), start=1)}
 
 
@@ -79,11 +80,15 @@ class Frame:
     def _code(self) -> int:
         return VALUE_TYPES[self.value_type] | entropy.ENTROPIES[self.entropy] << 8
 
-    def pack(self, schema: Schema, clients: float, body: bytes) -> bytes:
-        """Header and body."""
-        body = entropy.shrink(self.entropy, body)
-        fields = _FIELDS.pack(MAGIC, VERSION, self.codec, self._code, schema_hash(schema), clients, len(body))
-        return b"".join([fields, _CRC.pack(zlib.crc32(body, zlib.crc32(fields))), body])
+    def pack(self, schema: Schema, clients: float, *body: Bytes) -> bytes:
+        """Header and body, whose parts are copied once."""
+        parts = body if self.entropy == "none" else (entropy.shrink(self.entropy, b"".join(body)),)
+        length = sum(map(len, parts))
+        fields = _FIELDS.pack(MAGIC, VERSION, self.codec, self._code, schema_hash(schema), clients, length)
+        checksum = zlib.crc32(fields)
+        for part in parts:
+            checksum = zlib.crc32(part, checksum)
+        return b"".join([fields, _CRC.pack(checksum), *parts])
 
     def unpack(self, payload: bytes, schema: Schema, longest: int) -> tuple[Reader, float]:
         """The body and the count; `longest` is the most bytes that a body of this schema can have."""

@@ -40,6 +40,7 @@ from typing import Protocol
 import numpy as np
 import torch
 
+from fedprior.codecs.frame import Bytes
 from fedprior.codecs.reader import PayloadError, Reader
 from fedprior.rng import numpy_generator
 
@@ -71,7 +72,7 @@ class Coding(Protocol):
         """Bytes."""
         ...
 
-    def write(self, values: np.ndarray, noise: Noise) -> bytes:
+    def write(self, values: np.ndarray, noise: Noise) -> Bytes:
         """`values` are float32, or float64 under that value type."""
         ...
 
@@ -90,9 +91,9 @@ class Float:
         """See Coding."""
         return math.prod(shape) * self.dtype.itemsize
 
-    def write(self, values: np.ndarray, noise: Noise) -> bytes:
+    def write(self, values: np.ndarray, noise: Noise) -> Bytes:
         """See Coding."""
-        return values.tobytes()
+        return np.ascontiguousarray(values).reshape(-1).view(np.uint8).data
 
     def read(self, reader: Reader, name: str, shape: Shape) -> np.ndarray:
         """See Coding."""

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from fedprior.codecs.frame import Frame, schema_of, to_numpy, to_tensor
+from fedprior.codecs.frame import Bytes, Frame, schema_of, to_numpy, to_tensor
 from fedprior.codecs.quantized import Noise, coding, exact
 from fedprior.codecs.reader import PayloadError, Reader
 from fedprior.core import Params, Schema
@@ -51,7 +51,7 @@ class Sparse:
         arrays = [to_numpy(value, exact(self.value_type).dtype) for value in message.values()]
         noise = Noise(arrays, self.seed)
         parts = [part for values in arrays for part in self._pieces(values, noise)]
-        return self._frame.pack(schema_of(message), clients, b"".join(parts))
+        return self._frame.pack(schema_of(message), clients, *parts)
 
     def decode(self, payload: bytes, schema: Schema) -> tuple[Params, float]:
         """The message and its weight."""
@@ -69,7 +69,7 @@ class Sparse:
         one = exact(self.value_type).dtype.itemsize
         return masks + bool(shape) + max(one, coding(self.value_type, shape).size(shape))
 
-    def _pieces(self, values: np.ndarray, noise: Noise) -> Iterator[bytes]:
+    def _pieces(self, values: np.ndarray, noise: Noise) -> Iterator[Bytes]:
         """One tensor's bytes."""
         if values.ndim == 0:
             yield values.tobytes()
