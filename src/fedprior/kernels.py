@@ -117,10 +117,10 @@ def _spread(ctx: Any, of_patches: Tensor) -> Tensor:
     of_patches = of_patches.view(rows, columns, channels, high, wide, examples)
     of_rows = of_patches.new_zeros(rows, channels, high, width, examples)
     for j in range(columns):
-        of_rows[:, :, :, j : j + right * (wide - 1) + 1 : right] += of_patches[:, j]
+        of_rows[:, :, :, j : j + right * (wide - 1) + 1 : right].add_(of_patches[:, j])
     dx = of_patches.new_zeros(ctx.padded)
     for i in range(rows):
-        dx[:, i : i + down * (high - 1) + 1 : down] += of_rows[i]
+        dx[:, i : i + down * (high - 1) + 1 : down].add_(of_rows[i])
     return dx[:, top : height - top, left : width - left].permute(3, 0, 1, 2)
 
 
