@@ -98,7 +98,7 @@ def test_outputs_are_those_of_the_masked_model(name: str) -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_the_model_of_a_slim_module_is_smaller_and_keeps_its_weights(dtype: torch.dtype) -> None:
     model, _, cut, _ = setting("lenet")
-    for parameter in model[0].parameters():
+    for parameter in model.get_submodule("0").parameters():
         parameter.requires_grad_(False)
     small = slim(model.to(dtype), cut)
     assert [p.requires_grad for p in small.parameters()] == [p.requires_grad for p in model.parameters()]
