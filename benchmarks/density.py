@@ -27,7 +27,12 @@ import fedprior as fp
 from fedprior import priors
 
 # density (0: FedAvg), and what a share of the activations costs
-CASES = ((0.0, 0.0), *((d, 0.1) for d in (1.0, 0.5, 0.25, 0.1, 0.05, 0.02)), *((d, 0.5) for d in (0.1, 0.05, 0.02)))
+CASES = (
+    (0.0, 0.0),
+    *((d, 0.1) for d in (1.0, 0.5, 0.25, 0.1, 0.05, 0.02)),
+    (0.1, 0.25),
+    *((d, 0.5) for d in (0.1, 0.05, 0.02)),
+)
 
 
 def peak() -> float:

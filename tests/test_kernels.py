@@ -24,6 +24,11 @@ LAYERS: dict[str, tuple[Callable[[], nn.Module], Tensor]] = {
     "gru, one step": (lambda: nn.GRU(3, 5), drawn(1, 2, 3)),
     "1 x 1": (lambda: nn.Conv2d(4, 6, 1, stride=2), drawn(3, 4, 7, 6)),
     "1 x 1, groups": (lambda: nn.Conv2d(4, 6, 1, stride=(3, 1), groups=2, bias=False), drawn(3, 4, 7, 6)),
+    "patches": (lambda: nn.Conv2d(3, 6, 3), drawn(3, 3, 7, 6)),
+    "patches, strides": (lambda: nn.Conv2d(3, 6, (3, 2), (1, 2), (2, 1), bias=False), drawn(3, 3, 7, 6)),
+    "patches, more than fit": (lambda: nn.Conv2d(3, 2, 5), drawn(50, 3, 20, 20)),
+    "a pool": (lambda: nn.MaxPool2d(2), drawn(3, 2, 5, 4).round()),
+    "a pool, examples last": (lambda: nn.MaxPool2d(3, 2, 1), drawn(2, 7, 6, 3).round().permute(3, 0, 1, 2)),
     "grey": (lambda: nn.Conv2d(1, 6, 3), drawn(3, 1, 7, 6)),
     "grey, strides": (lambda: nn.Conv2d(1, 6, (3, 2), (1, 2), (2, 1), bias=False), drawn(3, 1, 7, 6)),
 }
@@ -35,7 +40,8 @@ def of_module(layer: nn.Module, x: Tensor, constant: bool = False) -> tuple[Tens
     outputs = layer(x)
     outputs = outputs if isinstance(outputs, tuple) else (outputs,)
     value = torch.stack([(drawn(*o.shape) * o).sum() for o in outputs]).sum()
-    return *outputs, *torch.autograd.grad(value, [*[x] * (not constant), *layer.parameters()])
+    leaves = [*[x] * (not constant), *layer.parameters()]
+    return *outputs, *(torch.autograd.grad(value, leaves) if leaves else ())
 
 
 @pytest.mark.parametrize("constant", [False, True])
@@ -62,7 +68,9 @@ def test_outputs_and_gradients_are_those_of_pytorch(name: str, last: bool, const
         nn.GRU(3, 5, bias=False),
         nn.LSTM(3, 5),
         nn.Conv2d(4, 6, 1),
-        nn.Conv2d(4, 6, 3, stride=2),
+        nn.Conv2d(4, 6, 3, groups=2),
+        nn.MaxPool2d(2, return_indices=True),
+        nn.AvgPool2d(2),
         nn.Conv2d(4, 6, 1, stride=2, padding=1),
         nn.Conv2d(1, 6, 3, padding="same"),
         nn.Conv2d(1, 6, 3, padding=1, padding_mode="circular"),
@@ -73,6 +81,31 @@ def test_outputs_and_gradients_are_those_of_pytorch(name: str, last: bool, const
 )
 def test_other_layers_stay_as_they_are(layer: nn.Module) -> None:
     assert not faster(layer)
+
+
+def test_beside_norms_only_grey_images_have_patches() -> None:
+    """What a norm reads stays in the order that it wants."""
+    net = nn.Sequential(nn.Conv2d(1, 6, 3), nn.GroupNorm(2, 6), nn.Conv2d(6, 6, 3), nn.BatchNorm2d(6))
+    assert [m for m, _ in faster(net)] == [net[0]]
+
+
+def test_a_network_of_convolutions_and_pools_is_pytorchs() -> None:
+    """Layers that hand examples on in another order; of equal values the first one has a pool's gradient."""
+    net: Any = nn.Sequential(
+        nn.Conv2d(1, 4, 3, padding=1),
+        nn.MaxPool2d(2),
+        nn.ReLU(),
+        nn.Conv2d(4, 3, 3),
+        nn.MaxPool2d((2, 1)),
+        nn.Flatten(),
+    ).double()
+    x = drawn(5, 1, 12, 10).relu()
+    expected, layers = of_module(net, x), faster(net)
+    for layer, forward in layers:
+        layer.forward = forward
+    assert len(layers) == 4
+    for ours, theirs in zip(of_module(net, x), expected, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-12)
 
 
 def test_other_uses_of_a_gru_are_left_to_pytorch() -> None:

@@ -102,16 +102,16 @@ def test_the_least_is_what_selecting_and_narrowing_end_at(name: str) -> None:
         assert count_alive(structure.alive(cut.groups, one, params), counted) >= least
 
 
-def test_units_of_one_size_are_chosen_as_by_trying_all_choices() -> None:
-    """One hidden layer: every unit costs the same, and the greedy choice is the optimum."""
+@pytest.mark.parametrize("spare", [0, 4])
+def test_units_of_one_size_are_chosen_as_by_trying_all_choices(spare: int) -> None:
+    """One hidden layer: every unit costs the same, the greedy choice is the optimum, and no room is wasted."""
     model = fp.models.mlp(4, (7,), 3).double()
     groups, params = structure.groups(model, torch.zeros(1, 4).double()), Objective(model).params()
     worth = gains(groups)
     ones = {groups[0].name: torch.ones(7, dtype=torch.float64)}
     each = 4 + 1 + 3
     for count in range(1, 8):
-        allowed = 3 + each * count + each / 2
-        keep, price = selection.select(groups, ones, worth, params, allowed, names(model))
+        keep, price = selection.select(groups, ones, worth, params, 3 + each * count + spare, names(model))
         gain = worth[groups[0].name]
         best = max(itertools.combinations(range(7), count), key=lambda units: sum(float(gain[u]) for u in units))
         assert keep[groups[0].name].nonzero().flatten().tolist() == list(best)
@@ -179,11 +179,11 @@ def test_activations_are_counted_by_hand() -> None:
 
 
 def test_costly_activations_go_first() -> None:
-    """Equal gains: without their activations the filters stay and neurons go, with them the filters go."""
+    """Equal gains, and neurons that own more: without their activations the filters stay, with them the filters go."""
     net = nn.Sequential(
-        nn.Conv2d(1, 6, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(6, 6), nn.ReLU()
+        nn.Conv2d(1, 6, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(6, 16), nn.ReLU()
     )
-    net.append(nn.Linear(6, 40))
+    net.append(nn.Linear(16, 40))
     x = torch.zeros(1, 1, 12, 12)
     groups, params = structure.groups(net, x), Objective(net).params()
     ones = {g.name: torch.ones(g.units) for g in groups}
@@ -191,7 +191,6 @@ def test_costly_activations_go_first() -> None:
     made = {g: a / sum(float(v.sum()) for v in made.values()) for g, a in made.items()}
     allowed = sum(v.numel() for v in params.values()) - 10
     for costs, loser in ((None, "4"), (made, "0")):
-        keep, _ = selection.select(groups, ones, ones, params, allowed, names(net), costs)
-        assert [g for g, z in keep.items() if not z.all()] == [loser]
-    wide = selection.narrow(groups, params, allowed, names(net), made)
-    assert wide["4"].all() and not wide["0"].all()
+        by_gain, _ = selection.select(groups, ones, ones, params, allowed, names(net), costs)
+        for keep in (by_gain, selection.narrow(groups, params, allowed, names(net), costs)):
+            assert [g for g, z in keep.items() if not z.all()] == [loser]

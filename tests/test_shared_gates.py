@@ -154,7 +154,9 @@ def test_the_schedule_holds_then_is_geometric_and_ends_at_the_density(hold: int)
     total = tree.size(eta.mean)
     counts = [left(prior, eta)]
     for _ in range(8):
-        assert prior.settled(eta) == (float(eta.round["t"]) >= hold + 4)
+        settled = float(eta.round["t"]) >= hold + 4
+        assert prior.settled(eta) == settled
+        assert all(bool(gain.any()) != settled for gain in prior.full(eta).gain.values())  # settled: none are sent
         eta = step(prior, eta, ramp())
         counts.append(left(prior, eta))
     assert counts[: hold + 1] == [total] * (hold + 1)

@@ -88,7 +88,9 @@ def test_outputs_are_those_of_the_masked_model(name: str) -> None:
     want = whole.outputs(structure.apply(structure.alive(cut.groups, gate, params), params), x)
     got = small.outputs(cut.gather(params), x)
     assert torch.allclose(got, want, atol=1e-10, rtol=0)
-    assert cut.removed > 0 and tree.size(small.params()) < tree.size(params)
+    assert cut.removed == sum(int((z == 0).sum()) for z in gate.values()) and tree.size(small.params()) < tree.size(
+        params
+    )
     alive = structure.alive(cut.groups, gate, params)
     assert count_alive(alive, params) == tree.size(small.params())
 
@@ -96,7 +98,10 @@ def test_outputs_are_those_of_the_masked_model(name: str) -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_the_model_of_a_slim_module_is_smaller_and_keeps_its_weights(dtype: torch.dtype) -> None:
     model, _, cut, _ = setting("lenet")
+    for parameter in model.get_submodule("0").parameters():
+        parameter.requires_grad_(False)
     small = slim(model.to(dtype), cut)
+    assert [p.requires_grad for p in small.parameters()] == [p.requires_grad for p in model.parameters()]
     assert all(torch.equal(v, cut.gather(Objective(model).params())[k]) for k, v in Objective(small).params().items())
 
 

@@ -13,12 +13,18 @@ so that a step back takes three operations, and the weights' gradients one matri
 
 **1 x 1 convolutions with a stride** (the shortcuts of residual networks) read every s-th pixel: those are taken first.
 
-**Convolutions of one channel** (grey images), x no parameter: the filters' gradient is a matrix product of the output's
-and of the patches P that a filter saw, dW = sum_i dY_i P_i^T, with dY_i (filters, places) and P_i (size, places).
+**Convolutions** of few values are matrix products. With P (size, places) the patches that the filters W (filters, size)
+see, a place being (row, column, example) in this order,
+
+    Y = W P + b,    dW = dY P^T,    dP = W^T dY,    dx = what dP has for each pixel, added up: over columns, then rows
+
+Examples are last in memory, so that patches are copied and added up in runs of a row of the whole batch.
+**Max-pooling** of what they give is PyTorch's for channels that are last, with examples and channels changed over.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -28,19 +34,29 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+_NORMS = (nn.GroupNorm, nn.modules.batchnorm._NormBase)
+_MOST = 750_000  # values in the patches of a batch: more do not stay near the processor, and PyTorch is faster
+
 
 def faster(model: nn.Module) -> list[tuple[nn.Module, Callable[..., Any]]]:
-    """The layers of a model that have a faster `forward`, and that."""
+    """The layers of a model that have a faster `forward`, and that.
+
+    Norms want channels before or after pixels, and examples first: with them, convolutions of many channels stay.
+    """
     found: list[tuple[nn.Module, Callable[..., Any]]] = []
+    norms = any(isinstance(m, _NORMS) for m in model.modules())
     for m in model.modules():
         if type(m) is nn.GRU and m.num_layers == 1 and m.bias and not m.bidirectional:
             found.append((m, partial(_gru, m)))
+        elif type(m) is nn.MaxPool2d and not m.return_indices:
+            found.append((m, partial(_pooled, m)))
         elif type(m) is not nn.Conv2d or m.padding_mode != "zeros" or isinstance(m.padding, str):
             continue
-        elif m.kernel_size == (1, 1) and m.stride != (1, 1) and m.padding == (0, 0):
-            found.append((m, partial(_pixels, m)))
-        elif m.in_channels == 1 and m.dilation == (1, 1):
-            found.append((m, partial(_grey, m)))
+        elif m.kernel_size == (1, 1):
+            if m.stride != (1, 1) and m.padding == (0, 0):
+                found.append((m, partial(_pixels, m)))
+        elif m.dilation == (1, 1) and m.groups == 1 and (m.in_channels == 1 or not norms):
+            found.append((m, partial(_products, m)))
     return found
 
 
@@ -51,31 +67,61 @@ def _pixels(layer: nn.Conv2d, x: Tensor) -> Tensor:
     return F.conv2d(x[..., ::down, ::right], layer.weight, layer.bias, groups=layer.groups)
 
 
-def _grey(layer: nn.Conv2d, x: Tensor) -> Any:
-    if not x.is_cpu or x.dim() != 4 or x.requires_grad:
+def _pooled(layer: nn.MaxPool2d, x: Tensor) -> Any:
+    """Where examples are last in memory, they take the channels' part: pooling treats both alike."""
+    forward: Any = nn.MaxPool2d.forward
+    if not x.is_cpu or x.dim() != 4 or x.is_contiguous() or not x.permute(1, 2, 3, 0).is_contiguous():
+        return forward(layer, x)
+    return forward(layer, x.transpose(0, 1)).transpose(0, 1)
+
+
+def _products(layer: nn.Conv2d, x: Tensor) -> Any:
+    sizes = zip(x.shape[-2:], layer.padding, layer.kernel_size, layer.stride, strict=True)
+    places = [(n + 2 * int(p) - k) // s + 1 for n, p, k, s in sizes]
+    values = len(x) * layer.weight[0].numel() * math.prod(places)
+    if not x.is_cpu or x.dim() != 4 or min(places) < 1 or values > _MOST:
         return nn.Conv2d.forward(layer, x)
-    return _Grey.apply(x, layer.weight, layer.bias, layer.stride, layer.padding)
+    return _Products.apply(x, layer.weight, layer.bias, layer.stride, layer.padding, places)
 
 
-class _Grey(torch.autograd.Function):
-    """PyTorch's convolution of a constant, with filters whose gradient is a matrix product."""
+class _Products(torch.autograd.Function):
+    """A convolution by patches, (n, channels, ...) -> (n, filters, ...), with examples last in memory."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, w: Tensor, b: Tensor | None, stride: Any, padding: Any) -> Tensor:
-        ctx.save_for_backward(x)
-        ctx.stride, ctx.padding, ctx.size = stride, padding, w.shape
-        return F.conv2d(x, w, b, stride, padding)
+    def forward(ctx: Any, x: Tensor, w: Tensor, b: Tensor | None, stride: Any, padding: Any, places: Any) -> Tensor:
+        (filters, _, rows, columns), (down, right) = w.shape, stride
+        last = x.permute(1, 2, 3, 0).contiguous()
+        padded = F.pad(last, [0, 0, *(p for p in reversed(padding) for _ in range(2))]) if any(padding) else last
+        windows = padded.unfold(1, rows, down).unfold(2, columns, right).permute(4, 5, 0, 1, 2, 3)
+        patches, weights = windows.reshape(w[0].numel(), -1), w.permute(0, 2, 3, 1).reshape(filters, -1)
+        ctx.save_for_backward(patches, weights)
+        ctx.stride, ctx.padding, ctx.places, ctx.size, ctx.padded = stride, padding, places, w.shape, padded.shape
+        y = weights @ patches if b is None else torch.addmm(b[:, None], weights, patches)
+        return y.view(filters, *places, -1).permute(3, 0, 1, 2)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
-        """Of the filters and their biases."""
-        [x], [dy] = ctx.saved_tensors, grads
-        (down, right), (rows, columns) = ctx.stride, ctx.size[2:]
-        padded = F.pad(x, [p for p in reversed(ctx.padding) for _ in range(2)])
-        patches = padded.unfold(2, rows, down).unfold(3, columns, right).permute(0, 1, 4, 5, 2, 3)
-        dw = torch.bmm(dy.flatten(2), patches.flatten(1, 3).flatten(2).transpose(1, 2)).sum(0).view(ctx.size)
-        return None, dw, dy.sum((0, 2, 3)) if ctx.needs_input_grad[2] else None, None, None
+        """Of the image, of the filters and their biases."""
+        (patches, weights), (filters, channels, rows, columns) = ctx.saved_tensors, ctx.size
+        dy = grads[0].permute(1, 2, 3, 0).reshape(filters, -1)
+        dw = (dy @ patches.t()).view(filters, rows, columns, channels).permute(0, 3, 1, 2)
+        dx = _spread(ctx, weights.t() @ dy) if ctx.needs_input_grad[0] else None
+        return dx, dw, dy.sum(1) if ctx.needs_input_grad[2] else None, None, None, None
+
+
+def _spread(ctx: Any, of_patches: Tensor) -> Tensor:
+    """The gradient of x from that of the patches."""
+    (_, channels, rows, columns), (high, wide) = ctx.size, ctx.places
+    (_, height, width, examples), (down, right), (top, left) = ctx.padded, ctx.stride, ctx.padding
+    of_patches = of_patches.view(rows, columns, channels, high, wide, examples)
+    of_rows = of_patches.new_zeros(rows, channels, high, width, examples)
+    for j in range(columns):
+        of_rows[:, :, :, j : j + right * (wide - 1) + 1 : right].add_(of_patches[:, j])
+    dx = of_patches.new_zeros(ctx.padded)
+    for i in range(rows):
+        dx[:, i : i + down * (high - 1) + 1 : down].add_(of_rows[i])
+    return dx[:, top : height - top, left : width - left].permute(3, 0, 1, 2)
 
 
 def _gru(layer: nn.GRU, x: Any, h: Tensor | None = None) -> Any:
