@@ -356,7 +356,7 @@ CHOICES = {
 @pytest.mark.parametrize("name", CHOICES)
 def test_what_auto_chooses(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(auto, "cores", lambda: 2)
-    monkeypatch.setattr(auto, "worth", lambda work, cohort: "")  # nothing to stack
+    monkeypatch.setattr(auto, "worth", lambda work, cohort: (0, ""))  # nothing to stack
     monkeypatch.setattr(auto, "WORTH", 0.02)  # seconds of a round
     rounds, words = CHOICES[name]
     assert chosen(*rounds) == words
