@@ -63,8 +63,25 @@ def faster(model: nn.Module) -> list[tuple[nn.Module, Callable[..., Any]]]:
 def _pixels(layer: nn.Conv2d, x: Tensor) -> Tensor:
     if not x.is_cpu:
         return nn.Conv2d.forward(layer, x)
-    down, right = layer.stride
-    return F.conv2d(x[..., ::down, ::right], layer.weight, layer.bias, groups=layer.groups)
+    taken: Any = _Pixels.apply(x, *layer.stride)
+    return F.conv2d(taken, layer.weight, layer.bias, groups=layer.groups)
+
+
+class _Pixels(torch.autograd.Function):
+    """Every s-th pixel; PyTorch's slice, row by row and column by column, goes back by two copies of the whole."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, down: int, right: int) -> Tensor:
+        ctx.size, ctx.down, ctx.right = x.shape, down, right
+        return x[..., ::down, ::right].contiguous()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        """Of the image."""
+        dx = grads[0].new_zeros(ctx.size)
+        dx[..., :: ctx.down, :: ctx.right] = grads[0]
+        return dx, None, None
 
 
 def _pooled(layer: nn.MaxPool2d, x: Tensor) -> Any:
