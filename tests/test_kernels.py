@@ -60,6 +60,20 @@ def test_outputs_and_gradients_are_those_of_pytorch(name: str, last: bool, const
         torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-12)
 
 
+@pytest.mark.parametrize("constant", [False, True])
+@pytest.mark.parametrize("name", [name for name in LAYERS if name.startswith("grey")])
+def test_grey_images_beside_a_norm(name: str, constant: bool) -> None:
+    make, x = LAYERS[name]
+    layer: Any = make().double()
+    expected = of_module(layer, x, constant)
+    [(found, layer.forward)] = faster(nn.Sequential(layer, nn.GroupNorm(1, 6)))
+    assert found is layer
+    found = of_module(layer, x, constant)
+    assert found[0].is_contiguous()  # as a norm wants it
+    for ours, theirs in zip(found, expected, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-12)
+
+
 @pytest.mark.parametrize(
     "layer",
     [

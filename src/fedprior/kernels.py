@@ -18,7 +18,8 @@ see, a place being (row, column, example) in this order,
 
     Y = W P + b,    dW = dY P^T,    dP = W^T dY,    dx = what dP has for each pixel, added up: over columns, then rows
 
-Examples are last in memory, so that patches are copied and added up in runs of a row of the whole batch.
+Examples are last in memory, so that patches are copied and added up in runs of a row of the whole batch; beside norms,
+where only images of one channel are done so, each example has a product of its own.
 **Max-pooling** of what they give is PyTorch's for channels that are last, with examples and channels changed over.
 """
 
@@ -41,7 +42,7 @@ _MOST = 750_000  # values in the patches of a batch: more do not stay near the p
 def faster(model: nn.Module) -> list[tuple[nn.Module, Callable[..., Any]]]:
     """The layers of a model that have a faster `forward`, and that.
 
-    Norms want channels before or after pixels, and examples first: with them, convolutions of many channels stay.
+    Norms want channels before pixels, and examples first: with them, convolutions of many channels stay.
     """
     found: list[tuple[nn.Module, Callable[..., Any]]] = []
     norms = any(isinstance(m, _NORMS) for m in model.modules())
@@ -56,7 +57,7 @@ def faster(model: nn.Module) -> list[tuple[nn.Module, Callable[..., Any]]]:
             if m.stride != (1, 1) and m.padding == (0, 0):
                 found.append((m, partial(_pixels, m)))
         elif m.dilation == (1, 1) and m.groups == 1 and (m.in_channels == 1 or not norms):
-            found.append((m, partial(_products, m)))
+            found.append((m, partial(_grey if norms else _products, m)))
     return found
 
 
@@ -99,6 +100,34 @@ def _products(layer: nn.Conv2d, x: Tensor) -> Any:
     if not x.is_cpu or x.dim() != 4 or min(places) < 1 or values > _MOST:
         return nn.Conv2d.forward(layer, x)
     return _Products.apply(x, layer.weight, layer.bias, layer.stride, layer.padding, places)
+
+
+def _grey(layer: nn.Conv2d, x: Tensor) -> Any:
+    if not x.is_cpu or x.dim() != 4 or x.requires_grad:
+        return nn.Conv2d.forward(layer, x)
+    return _Grey.apply(x, layer.weight, layer.bias, layer.stride, layer.padding)
+
+
+class _Grey(torch.autograd.Function):
+    """A convolution of constants of one channel by patches, (n, 1, ...) -> (n, filters, ...), with examples first."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, w: Tensor, b: Tensor | None, stride: Any, padding: Any) -> Tensor:
+        padded = F.pad(x[:, 0], [p for p in reversed(padding) for _ in range(2)])
+        windows = padded.unfold(1, w.shape[2], stride[0]).unfold(2, w.shape[3], stride[1])
+        patches = windows.permute(0, 3, 4, 1, 2).reshape(len(x), w[0].numel(), -1)
+        ctx.save_for_backward(patches)
+        ctx.size = w.shape
+        y = w.flatten(1) @ patches if b is None else torch.add(w.flatten(1) @ patches, b[:, None])
+        return y.view(len(x), len(w), *windows.shape[1:3])
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        """Of the filters and their biases."""
+        [patches] = ctx.saved_tensors
+        dw = torch.bmm(grads[0].flatten(2), patches.transpose(1, 2)).sum(0).view(ctx.size)
+        return None, dw, grads[0].sum((0, 2, 3)) if ctx.needs_input_grad[2] else None, None, None
 
 
 class _Products(torch.autograd.Function):
