@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 import fedprior as fp
-from cases import equal, without_seconds
+from cases import equal, hidden, lost_of, without_seconds
 from fedprior import robust, tree, wire
 from fedprior.codecs import schema_of
 from fedprior.privacy import Privacy, SecureSum
@@ -27,7 +27,8 @@ from fedprior.federation import bundle, secure_node, server
 from fedprior_node import mail
 from grid import MODEL
 from spending import spent
-from test_federation_secure import Asked, federated, hidden, losing, request_of, simulated
+from test_federation_secure import federated, losing, request_of, simulated
+from test_federation_stages import Asked
 
 pytestmark = pytest.mark.filterwarnings("ignore::fedprior.privacy.NoiseWarning")  # nine clients alone
 PLAIN = fp.fedavg(0.1, weighting="uniform")
@@ -99,7 +100,7 @@ def test_a_node_that_is_lost_is_a_drop_out_of_the_simulation(name: str, tmp_path
 
     lose = losing({"keys": gone}, [2]) if LAYERS[name].secure else silent
     got, want = federated(LAYERS[name], tmp_path, lose), simulated(LAYERS[name], {(2, i) for i in gone})
-    assert {(r.number, c.index) for r in got.history for c in r.lost()} == {(2, i) for i in gone}
+    assert lost_of(got) == {(2, i) for i in gone}
     assert equal(tree.flatten(got.eta), tree.flatten(want.eta))
 
 
