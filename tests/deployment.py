@@ -133,9 +133,9 @@ def start_run(d: Deployment, folder: Path, **config: Any) -> str:
     return d.call(*running(d, folder, **config), code=None)
 
 
-def begin_run(d: Deployment, folder: Path, **config: Any) -> None:
+def begin_run(d: Deployment, folder: Path, name: str = "run", **config: Any) -> None:
     """Without waiting for its end."""
-    d.start("run", *running(d, folder, **config))
+    d.start(name, *running(d, folder, **config))
 
 
 def after_round(d: Deployment, folder: Path, number: int) -> None:
