@@ -147,7 +147,9 @@ NORMS = torch.logspace(-1, 1, 21, dtype=torch.float64)  # of the clients' messag
 QUANTILES = [(None, noise, quantile, first) for noise in (0, 1) for quantile in (0.25, 0.5, 0.9) for first in (0.1, 10)]
 
 
-@pytest.mark.parametrize("secure, noise, quantile, first", [*QUANTILES, (SecureSum(), 1, 0.5, 0.1)])
+@pytest.mark.parametrize(
+    "secure, noise, quantile, first", [*QUANTILES, (SecureSum(), 1, 0.5, 0.1), (SecureSum(), 0, 0.9, 0.1)]
+)
 def test_an_adaptive_clip_goes_to_the_asked_quantile(secure: Any, noise: float, quantile: float, first: float) -> None:
     """C' = C exp(-rate (b - quantile)) is at rest where a share b = quantile of the clients has a norm up to C."""
     norms = NORMS if secure is None else NORMS[::2]  # shares are the slow part of a secure sum
