@@ -150,11 +150,16 @@ def test_what_does_not_fit_is_refused_before_round_one(case: str) -> None:
 def test_clipping_bounds_the_norm_and_keeps_the_direction(length: float) -> None:
     message = {"phi/a": torch.randn(5, generator=generator(0, "a")), "gain/b": torch.ones(2)}
     units = {"gain": 10.0}
-    factor = length / clipping.norm(message, units)
+
+    def norm(message: dict[str, torch.Tensor]) -> float:
+        """Over the entries of all tensors, each in the unit of its term."""
+        return float(torch.cat([message["phi/a"], message["gain/b"] / 10.0]).double().norm())
+
+    factor = length / norm(message)
     message = {k: factor * v for k, v in message.items()}
     clipped, within = clipping.clip(message, 1.0, units)
-    assert within == (clipping.norm(message, units) <= 1.0)
-    assert clipping.norm(clipped, units) <= 1.0
+    assert within == (norm(message) <= 1.0) and clipping.norm(message, units) == pytest.approx(norm(message))
+    assert norm(clipped) <= 1.0
     ratios = torch.cat([clipped[k] / message[k] for k in message])
     assert torch.allclose(ratios, torch.full_like(ratios, min(1.0, 1 / length)), atol=1e-5)
 

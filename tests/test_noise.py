@@ -18,11 +18,13 @@ from fedprior.core import Eta, Stats
 from fedprior.layer import Finished, Setting
 from fedprior.privacy import Privacy, SecureSum
 from fedprior.records import ClientRecord
+from fedprior.rng import generator
 
 COHORT = 9
 UNITS = {"gain": 100.0}
 SPARSE = replace(fp.fedsparse(0.1, density=0.3), weighting="uniform")
 MODEL = fp.models.mlp(4, (400,), 3)
+ROUNDS = {"central": 200, "distributed": 40}
 MADE = {"central": (None, 1.0), "distributed": (SecureSum(), (9 / 6) ** 0.5)}  # three more than must stay
 
 
@@ -42,7 +44,8 @@ def round_of(algorithm: fp.Algorithm, said: dict[int, Stats], eta: Eta, number: 
     """A round in which these clients say that, and the others of the cohort fall silent before they do."""
     schema = schema_of(wire.flat(next(iter(said.values()))))
     stages = {i: "" if i in said else "masked" for i in range(COHORT)}
-    layer = Setting(algorithm, schema, COHORT, 0).layer(number, eta, algorithm.privacy.init(), stages)
+    server = algorithm.privacy.init() if algorithm.privacy else {}
+    layer = Setting(algorithm, schema, COHORT, 0).layer(number, eta, server, stages)
     arrived = [
         layer.open(layer.seal(eta, stats, 1.0, i)) if layer.seals else layer.receive(eta, stats, "")
         for i, stats in said.items()
@@ -94,3 +97,55 @@ def test_the_share_within_the_clip_counts_those_who_stay_away_as_halves(made: st
     done = round_of(algorithm, said, eta)
     inside = 2
     assert done.info["within"] == pytest.approx(0.5 + (inside / 2 - (answered - inside) / 2) / COHORT, abs=1e-6)
+
+
+@pytest.mark.parametrize("made", MADE)
+def test_the_share_within_the_clip_has_the_noise_that_is_paid_for(made: str) -> None:
+    """sigma_b = cohort / 20 in the sum, which is cohort times the share; here nobody is within C, and all are there."""
+    algorithm = private(made, 0.5, clip=0.3, quantile=0.5)
+    eta, nothing = start(algorithm)
+    flat = wire.flat(nothing)
+    said = dict.fromkeys(range(COHORT), wire.unflat({k: v + 1.0 for k, v in flat.items()}, 1.0))
+    shares = torch.tensor(
+        [round_of(algorithm, said, eta, n).info["within"] for n in range(1, ROUNDS[made] + 1)]
+    ).double()
+    sigma = MADE[made][1] / 20
+    assert float(shares.mean()) == pytest.approx(0.0, abs=4 * sigma / len(shares) ** 0.5)
+    assert float(shares.std()) == pytest.approx(sigma, rel=4 / (2 * len(shares)) ** 0.5)
+
+
+@pytest.mark.parametrize("sign", [1, -1])
+def test_values_beyond_the_bound_are_cut_off_and_counted_on_both_sides(sign: int) -> None:
+    """One client of nine says more than the bound 4; the sum has 4 of it."""
+    algorithm = replace(fp.fedavg(0.1, weighting="uniform"), secure=SecureSum(bound=4.0))
+    eta, nothing = start(algorithm)
+    flat = wire.flat(nothing)
+    said = {i: wire.unflat({k: v + sign * (5.0 if i == 3 else 1.0) for k, v in flat.items()}, 1.0) for i in range(9)}
+    done = round_of(algorithm, said, eta)
+    assert done.total is not None and done.info["within"] == pytest.approx(8 / 9, abs=1e-6)
+    for key, value in wire.flat(done.total).items():
+        assert torch.allclose(value - 9 * flat[key], torch.tensor(sign * (8 * 1.0 + 4.0)), atol=1e-5), key
+
+
+def test_what_is_clipped_stays_within_c_after_it_is_rounded() -> None:
+    """In 16 bits rounding adds to a norm: the square of a step over 12, in each of the entries."""
+    privacy = Privacy(noise_multiplier=0.0, delta=0.01, clip=0.3).planned(1, COHORT, COHORT)
+    plain = fp.fedavg(0.1, weighting="uniform")
+    algorithm = replace(plain, privacy=privacy, secure=SecureSum(bits=16))
+    eta, _ = algorithm.start({k: torch.zeros_like(v) for k, v in MODEL.named_parameters()})
+    rng = generator(0, "said")
+    drawn = {f"phi/{k}": torch.randn(v.shape, generator=rng) for k, v in MODEL.named_parameters()}
+    done = round_of(algorithm, dict.fromkeys(range(COHORT), wire.unflat(drawn, 1.0)), eta)
+    assert done.total is not None
+    norm = float(torch.cat([v.double().flatten() for v in wire.flat(done.total).values()]).norm()) / COHORT
+    assert 0.95 * 0.3 < norm <= 0.3
+
+
+def test_masks_of_one_client_differ_between_rounds_and_between_clients() -> None:
+    """The same words under two masks would tell what changed: no more of them are equal than by chance, 2^-32."""
+    algorithm = replace(fp.fedavg(0.1, weighting="uniform"), secure=SecureSum())
+    eta, nothing = start(algorithm)
+    setting = Setting(algorithm, schema_of(wire.flat(nothing)), COHORT, 0)
+    layers = [setting.layer(number, eta, {}, dict.fromkeys(range(COHORT), "")) for number in (1, 2)]
+    sent = [layer.layout.unpack(layer.seal(eta, nothing, 1.0, i)) for layer in layers for i in (0, 1)]
+    assert all(int((a == b).sum()) <= 1 for k, a in enumerate(sent) for b in sent[:k])
