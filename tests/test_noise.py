@@ -17,8 +17,8 @@ from fedprior.codecs import schema_of
 from fedprior.core import Eta, Stats
 from fedprior.layer import Finished, Setting
 from fedprior.privacy import Privacy, SecureSum
+from fedprior.privacy.fixed_point import FixedPoint
 from fedprior.records import ClientRecord
-from fedprior.rng import generator
 
 COHORT = 9
 UNITS = {"gain": 100.0}
@@ -127,18 +127,21 @@ def test_values_beyond_the_bound_are_cut_off_and_counted_on_both_sides(sign: int
         assert torch.allclose(value - 9 * flat[key], torch.tensor(sign * (8 * 1.0 + 4.0)), atol=1e-5), key
 
 
-def test_what_is_clipped_stays_within_c_after_it_is_rounded() -> None:
-    """In 16 bits rounding adds to a norm: the square of a step over 12, in each of the entries."""
-    privacy = Privacy(noise_multiplier=0.0, delta=0.01, clip=0.3).planned(1, COHORT, COHORT)
+@pytest.mark.parametrize("steps", [50.0, 50.4, 50.6])
+def test_what_is_clipped_stays_within_c_after_it_is_rounded(steps: float) -> None:
+    """C is such that equal entries of norm C are so many steps of 16 bits: at 50.6 all are rounded up, beyond C."""
+    entries = sum(p.numel() for p in MODEL.parameters())
+    most = steps * entries**0.5 / 2**13
+    privacy = Privacy(noise_multiplier=0.0, delta=0.01, clip=most).planned(1, COHORT, COHORT)
     plain = fp.fedavg(0.1, weighting="uniform")
     algorithm = replace(plain, privacy=privacy, secure=SecureSum(bits=16))
+    assert FixedPoint(16, COHORT).scale(most) == 2**13
     eta, _ = algorithm.start({k: torch.zeros_like(v) for k, v in MODEL.named_parameters()})
-    rng = generator(0, "said")
-    drawn = {f"phi/{k}": torch.randn(v.shape, generator=rng) for k, v in MODEL.named_parameters()}
-    done = round_of(algorithm, dict.fromkeys(range(COHORT), wire.unflat(drawn, 1.0)), eta)
+    ones = wire.unflat({f"phi/{k}": torch.ones_like(v) for k, v in MODEL.named_parameters()}, 1.0)
+    done = round_of(algorithm, dict.fromkeys(range(COHORT), ones), eta)
     assert done.total is not None
     norm = float(torch.cat([v.double().flatten() for v in wire.flat(done.total).values()]).norm()) / COHORT
-    assert 0.95 * 0.3 < norm <= 0.3
+    assert 0.97 * most < norm <= most
 
 
 def test_masks_of_one_client_differ_between_rounds_and_between_clients() -> None:
