@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import reduce
 from operator import add
@@ -40,14 +41,20 @@ def start(algorithm: fp.Algorithm) -> tuple[Eta, Stats]:
     return eta, algorithm.message(eta, algorithm.inference.start(algorithm.prior, eta))
 
 
-def round_of(algorithm: fp.Algorithm, said: dict[int, Stats], eta: Eta, number: int = 1) -> Finished:
+def round_of(
+    algorithm: fp.Algorithm,
+    said: dict[int, Stats],
+    eta: Eta,
+    number: int = 1,
+    weights: Sequence[float] = (1.0,) * COHORT,
+) -> Finished:
     """A round in which these clients say that, and the others of the cohort fall silent before they do."""
     schema = schema_of(wire.flat(next(iter(said.values()))))
     stages = {i: "" if i in said else "masked" for i in range(COHORT)}
     server = algorithm.privacy.init() if algorithm.privacy else {}
     layer = Setting(algorithm, schema, COHORT, 0).layer(number, eta, server, stages)
     arrived = [
-        layer.open(layer.seal(eta, stats, 1.0, i)) if layer.seals else layer.receive(eta, stats, "")
+        layer.open(layer.seal(eta, stats, weights[i], i)) if layer.seals else layer.receive(eta, stats, "")
         for i, stats in said.items()
     ]
     status = {i: "ok" if i in said else "dropped" for i in range(COHORT)}
@@ -125,6 +132,20 @@ def test_values_beyond_the_bound_are_cut_off_and_counted_on_both_sides(sign: int
     assert done.total is not None and done.info["within"] == pytest.approx(8 / 9, abs=1e-6)
     for key, value in wire.flat(done.total).items():
         assert torch.allclose(value - 9 * flat[key], torch.tensor(sign * (8 * 1.0 + 4.0)), atol=1e-5), key
+
+
+def test_a_client_of_more_examples_than_most_counts_as_most() -> None:
+    algorithm = replace(fp.fedavg(0.1, weighting="examples"), secure=SecureSum(most=5.0))
+    eta, nothing = start(algorithm)
+    flat = wire.flat(nothing)
+    said = {i: wire.unflat({k: v + i / 4 for k, v in flat.items()}, 1.0) for i in range(COHORT)}
+    weights = [3.0, 5.0, 9.0, 5.5, 1.0, 100.0, 2.0, 4.0, 5.0]
+    done = round_of(algorithm, said, eta, weights=weights)
+    counted = [min(w, 5.0) for w in weights]
+    assert done.total is not None and done.total.clients == pytest.approx(sum(counted), abs=1e-6)
+    moved = sum(w * i / 4 for i, w in enumerate(counted))
+    for key, value in wire.flat(done.total).items():
+        assert torch.allclose(value, sum(counted) * flat[key] + moved, atol=1e-4), key
 
 
 @pytest.mark.parametrize("steps", [50.0, 50.4, 50.6])
