@@ -122,16 +122,19 @@ def test_the_share_within_the_clip_has_the_noise_that_is_paid_for(made: str) -> 
 
 
 @pytest.mark.parametrize("sign", [1, -1])
-def test_values_beyond_the_bound_are_cut_off_and_counted_on_both_sides(sign: int) -> None:
-    """One client of nine says more than the bound 4; the sum has 4 of it."""
+@pytest.mark.parametrize("answered", [6, 9])
+def test_values_beyond_the_bound_are_cut_off_and_counted_on_both_sides(sign: int, answered: int) -> None:
+    """One client says more than the bound 4, of which the sum has 4; the share is of those that answered."""
     algorithm = replace(fp.fedavg(0.1, weighting="uniform"), secure=SecureSum(bound=4.0))
     eta, nothing = start(algorithm)
     flat = wire.flat(nothing)
-    said = {i: wire.unflat({k: v + sign * (5.0 if i == 3 else 1.0) for k, v in flat.items()}, 1.0) for i in range(9)}
+    sizes = [5.0 if i == 3 else 1.0 for i in range(answered)]
+    said = {i: wire.unflat({k: v + sign * size for k, v in flat.items()}, 1.0) for i, size in enumerate(sizes)}
     done = round_of(algorithm, said, eta)
-    assert done.total is not None and done.info["within"] == pytest.approx(8 / 9, abs=1e-6)
+    assert done.total is not None and done.info["within"] == pytest.approx((answered - 1) / answered, abs=1e-6)
     for key, value in wire.flat(done.total).items():
-        assert torch.allclose(value - 9 * flat[key], torch.tensor(sign * (8 * 1.0 + 4.0)), atol=1e-5), key
+        want = answered * flat[key] + sign * (answered - 1 + 4.0)
+        assert torch.allclose(value, want, atol=1e-5), key
 
 
 def test_a_client_of_more_examples_than_most_counts_as_most() -> None:
