@@ -21,7 +21,7 @@ pytest.importorskip("flwr", reason="federations need flwr, in an environment of 
 from deployment import CLIENTS, COHORT, NODES, Deployment, begin_run, project, simulated
 from spending import spent
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]  # three runs at once, on whatever else the machine does
 KNOWN = Privacy(noise_multiplier=1.0, delta=0.01)
 CLIPPED = "delta=0.01, clip=0.5"
 WISHES = {
