@@ -36,7 +36,7 @@ test-flower: $(VENV)-flower/.installed
 $(VENV)-flower/.installed: pyproject.toml
 	$(PYTHON) -m venv $(VENV)-flower
 	$(VENV)-flower/bin/python -m pip install -q "$(TORCH)"
-	$(VENV)-flower/bin/python -m pip install -q -e ".[flower,sparse,data,report,wire]" "hypothesis>=6.100" "pytest>=8.2" "pytest-timeout>=2.3"
+	$(VENV)-flower/bin/python -m pip install -q -e ".[flower,sparse,data,report,wire,privacy]" "hypothesis>=6.100" "pytest>=8.2" "pytest-timeout>=2.3"
 	touch $@
 
 check: install

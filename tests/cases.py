@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
 from functools import reduce
 from operator import add
@@ -244,6 +244,26 @@ def without_seconds(history: Sequence[fp.Round]) -> list[fp.Round]:
     """Records without wall times: what must be equal between equal runs."""
     rows = [replace(r, clients=tuple(replace(c, seconds=0.0, seconds_wire=0.0) for c in r.clients)) for r in history]
     return [replace(r, seconds=0.0, seconds_evaluate=0.0, seconds_train=0.0, seconds_wire=0.0) for r in rows]
+
+
+def hidden(history: Sequence[fp.Round]) -> list[fp.Round]:
+    """Of a simulation's records, what a federation's server gets to know under secure sums."""
+    return [replace(r, clients=tuple(replace(c, examples=0) for c in r.clients)) for r in without_seconds(history)]
+
+
+class Lost(fp.Availability):
+    """Those clients of those rounds do not answer."""
+
+    def __init__(self, lost: Collection[tuple[int, int]]) -> None:
+        object.__setattr__(self, "lost", lost)
+
+    def status(self, seed: int, number: int, index: int, examples: int) -> Any:
+        return "dropped" if (number, index) in self.lost else "ok"  # type: ignore
+
+
+def lost_of(result: fp.Result) -> set[tuple[int, int]]:
+    """Round and client of what did not arrive."""
+    return {(r.number, c.index) for r in result.history for c in r.lost()}
 
 
 def count_alive(z: Params, params: Params) -> int:

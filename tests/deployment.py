@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import socket
@@ -9,8 +10,17 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Collection
 from contextlib import suppress
+from importlib import util
 from pathlib import Path
+from typing import Any
+
+from typer.testing import CliRunner
+
+import fedprior as fp
+from cases import Lost
+from fedprior.cli import app
 
 FEDPRIOR = [sys.executable, "-m", "fedprior"]
 
@@ -80,3 +90,65 @@ class Deployment:
 
     def log(self, name: str) -> str:
         return (self.folder / f"{name}.log").read_text(errors="replace")
+
+
+NODES, ROUNDS, COHORT, CLIENTS = 3, 3, 8, 20
+IMPORTS = """from dataclasses import replace
+
+from fedprior.privacy import Privacy, SecureSum
+from fedprior.robust import CentredClip
+
+"""
+
+
+def project(folder: Path, algorithm: str) -> Any:
+    """The project as `init` writes it, with another algorithm and states in `folder`; its task module."""
+    CliRunner().invoke(app, ["federate", "init", str(folder)], catch_exceptions=False)
+    path = folder / "job" / "task.py"
+    text = path.read_text()
+    for old, new in {
+        "fp.fedavg(lr=0.1, epochs=3)": algorithm,
+        "MODEL)": f"MODEL, state={str(folder)!r})",
+        "import fedprior as fp\n": f"{IMPORTS}import fedprior as fp\n",
+    }.items():
+        assert text.count(old) == 1
+        text = text.replace(old, new)
+    path.write_text(text)
+    spec = util.spec_from_file_location("task", path)
+    assert spec is not None and spec.loader is not None
+    module = util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def running(d: Deployment, folder: Path, **config: Any) -> list[str]:
+    """The command of a run."""
+    config = {"rounds": ROUNDS, "cohort": COHORT, "out": str(folder / "out"), "seconds": 120} | config
+    text = " ".join(f"{key}={json.dumps(value)}" for key, value in config.items())
+    return ["run", str(folder / "job"), d.address, "--stream", "--run-config", text]
+
+
+def start_run(d: Deployment, folder: Path, **config: Any) -> str:
+    """A whole run; what it prints."""
+    return d.call(*running(d, folder, **config), code=None)
+
+
+def begin_run(d: Deployment, folder: Path, name: str = "run", **config: Any) -> None:
+    """Without waiting for its end."""
+    d.start(name, *running(d, folder, **config))
+
+
+def after_round(d: Deployment, folder: Path, number: int) -> None:
+    """Wait until a round has its record."""
+    path = folder / "out" / "records.jsonl"
+    for _ in range(1200):
+        if path.exists() and len(path.read_bytes().splitlines()) >= number:
+            return
+        time.sleep(0.1)
+    raise TimeoutError(d.log("run"))
+
+
+def simulated(task: Any, lost: Collection[tuple[int, int]] = (), **fields: Any) -> fp.Result:
+    """The same run in this process."""
+    fields = {"rounds": ROUNDS, "cohort": COHORT, "test": task.held_out(), "engine": "sequential"} | fields
+    return fp.run(task.ALGORITHM, task.MODEL, task.clients(0, 1), availability=Lost(lost), **fields)

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import json
 import shutil
-from importlib import util
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -19,34 +16,12 @@ pytest.importorskip("flwr", reason="federations need flwr, in an environment of 
 from cryptography import x509  # pyright: ignore[reportMissingImports]
 from typer.testing import CliRunner
 
-from deployment import Deployment, free_port
+from deployment import CLIENTS, NODES, Deployment, free_port, project, simulated, start_run
 from fedprior.cli import app
 from fedprior.federation.keys import node_key
 
 slow = pytest.mark.slow
-NODES, ROUNDS, COHORT, CLIENTS = 3, 3, 8, 20
 BEYOND = 20_000  # bytes of Flower's a message, at most, beside the blob: records, object tree, acknowledgements
-
-
-def project(folder: Path, algorithm: str) -> Any:
-    """The project as `init` writes it, with another algorithm and states in `folder`; its task module."""
-    CliRunner().invoke(app, ["federate", "init", str(folder)], catch_exceptions=False)
-    path = folder / "job" / "task.py"
-    text = path.read_text()
-    changed = text.replace("fp.fedavg(lr=0.1, epochs=3)", algorithm).replace("MODEL)", f"MODEL, state={str(folder)!r})")
-    assert changed.count(algorithm) == 1 and changed.count("state=") == 1
-    path.write_text(changed)
-    spec = util.spec_from_file_location("task", path)
-    assert spec is not None and spec.loader is not None
-    module = util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-def start_run(d: Deployment, folder: Path, **config: Any) -> str:
-    config = {"rounds": ROUNDS, "cohort": COHORT, "out": str(folder / "out"), "seconds": 120} | config
-    text = " ".join(f"{key}={json.dumps(value)}" for key, value in config.items())
-    return d.call("run", str(folder / "job"), d.address, "--stream", "--run-config", text, code=None)
 
 
 @slow
@@ -59,10 +34,7 @@ def test_three_supernodes_give_the_bits_and_the_bytes_of_the_simulation(tmp_path
         printed = start_run(d, tmp_path)
         traffic = d.call("traffic", str(tmp_path / "out"), d.address)
         states = list((tmp_path / "job").glob("*/client-*"))
-    test = task.held_out()
-    want = fp.run(
-        task.ALGORITHM, task.MODEL, task.clients(0, 1), rounds=ROUNDS, cohort=COHORT, test=test, engine="sequential"
-    )
+    want = simulated(task)
     saved, history = checkpoint.read(tmp_path / "out"), records.read(tmp_path / "out" / "records.jsonl")
     assert saved is not None, printed
     assert equal(saved.eta, tree.flatten(want.eta))
@@ -160,15 +132,7 @@ def test_nobody_joins_without_a_key(tmp_path: Path) -> None:
             d.node(partition, 2)
         start_run(d, tmp_path, rounds=1, nodes=2)
     history = records.read(tmp_path / "out" / "records.jsonl")
-    want = fp.run(
-        task.ALGORITHM,
-        task.MODEL,
-        task.clients(0, 1),
-        rounds=1,
-        cohort=COHORT,
-        test=task.held_out(),
-        engine="sequential",
-    )
+    want = simulated(task, rounds=1)
     assert without_seconds(history) == without_seconds(want.history)
     assert "insecure" in logs["no-tls"] and "anybody can" in logs["no-tls"]
     assert "certificate" in logs["other-ca"].lower()

@@ -7,44 +7,21 @@ import signal
 import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 import fedprior as fp
-from cases import equal, without_seconds
+from cases import equal, hidden, without_seconds
 from fedprior import checkpoint, records, tree
 from fedprior.rng import numpy_generator
 
 pytest.importorskip("flwr", reason="federations need flwr, in an environment of its own: make test-flower")
 
-from deployment import Deployment
-from test_deployed import CLIENTS, COHORT, project, start_run
+from deployment import CLIENTS, NODES, Deployment, after_round, begin_run, project, simulated, start_run
 
 slow = pytest.mark.slow
-NODES = 3
-
-
-class Lost(fp.Availability):
-    """Those clients of those rounds do not answer."""
-
-    def __init__(self, lost: set[tuple[int, int]]) -> None:
-        object.__setattr__(self, "lost", lost)
-
-    def status(self, seed: int, number: int, index: int, examples: int) -> Any:
-        return "dropped" if (number, index) in self.lost else "ok"  # type: ignore
-
-
-def simulated(task: Any, lost: set[tuple[int, int]] = frozenset(), **fields: Any) -> fp.Result:  # type: ignore
-    fields = {"cohort": COHORT, "test": task.held_out(), "engine": "sequential"} | fields
-    return fp.run(task.ALGORITHM, task.MODEL, task.clients(0, 1), availability=Lost(lost), **fields)
-
-
-def hidden(history: list[fp.Round]) -> list[fp.Round]:
-    """What a simulation records, without what a secure sum hides."""
-    return [replace(r, clients=tuple(replace(c, examples=0) for c in r.clients)) for r in without_seconds(history)]
 
 
 def programs(d: Deployment, word: str) -> list[int]:
@@ -59,23 +36,6 @@ def programs(d: Deployment, word: str) -> list[int]:
         if f"HOME={d.folder}".encode() in home.split(b"\0") and any(word.encode() in w for w in words):
             found.append(int(folder.name))
     return found
-
-
-def after_round(d: Deployment, folder: Path, number: int) -> None:
-    """Wait until a round has its record."""
-    path = folder / "out" / "records.jsonl"
-    for _ in range(1200):
-        if path.exists() and len(path.read_bytes().splitlines()) >= number:
-            return
-        time.sleep(0.1)
-    raise TimeoutError(d.log("run"))
-
-
-def begin_run(d: Deployment, folder: Path, **config: Any) -> None:
-    """Without waiting for its end."""
-    config = {"cohort": COHORT, "out": str(folder / "out"), "seconds": 120} | config
-    text = " ".join(f"{k}={str(v).lower() if isinstance(v, bool) else repr(v)}" for k, v in config.items())
-    d.start("run", "run", str(folder / "job"), d.address, "--stream", "--run-config", text.replace("'", '"'))
 
 
 @pytest.fixture(scope="module")
@@ -96,17 +56,13 @@ def counted_once(folder: Path, want: fp.Result, shown: Callable[[list[fp.Round]]
     assert len(states) == len({c.index for r in want.history for c in r.clients})
 
 
-SECURE = "replace(fp.fedper(lr=0.1), weighting='uniform', secure=SecureSum())"
-
-
 @slow
 def test_a_server_that_is_killed_resumes_and_counts_nothing_twice(nodes: Deployment, tmp_path: Path) -> None:
     """At a random moment of round two, in any exchange of a secure sum, with heads that stay on the nodes.
 
     Bits and bytes are those of the simulation, which a state or an upload too many would change.
     """
-    imports = "__import__('dataclasses').replace, __import__('fedprior.privacy').privacy.SecureSum"
-    task = project(tmp_path / "job", f"(lambda replace, SecureSum: {SECURE})({imports})")
+    task = project(tmp_path / "job", "replace(fp.fedper(lr=0.1), weighting='uniform', secure=SecureSum())")
     moment = float(numpy_generator(int.from_bytes(os.urandom(4), "big"), "moment").uniform(0, 14))
     begin_run(nodes, tmp_path, rounds=2)
     after_round(nodes, tmp_path, 1)

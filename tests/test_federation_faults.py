@@ -6,12 +6,11 @@ import itertools
 import time
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 import fedprior as fp
-from cases import equal
+from cases import Lost, equal, lost_of
 from draws import torn
 from fedprior import tree
 from fedprior.privacy import SecureSum
@@ -29,20 +28,6 @@ from grid import CLIENTS, COHORT, MODEL, NODES, ROUNDS, LocalGrid, federated, ow
 
 FEDAVG = fp.fedavg(0.1)
 MOST = 50
-
-
-class Lost(fp.Availability):
-    """Those clients of those rounds do not answer."""
-
-    def __init__(self, lost: set[tuple[int, int]]) -> None:
-        object.__setattr__(self, "lost", lost)
-
-    def status(self, seed: int, number: int, index: int, examples: int) -> Any:
-        return "dropped" if (number, index) in self.lost else "ok"  # type: ignore
-
-
-def lost_of(result: fp.Result) -> set[tuple[int, int]]:
-    return {(r.number, c.index) for r in result.history for c in r.lost()}
 
 
 @pytest.mark.parametrize("algorithm", [FEDAVG, fp.topk(0.1, 0.2), fp.fedper(0.1)], ids=lambda a: a.name)

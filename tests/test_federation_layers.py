@@ -10,12 +10,12 @@ from typing import Any
 import pytest
 
 import fedprior as fp
-from cases import equal, without_seconds
+from cases import equal, hidden, lost_of, without_seconds
 from fedprior import robust, tree, wire
 from fedprior.codecs import schema_of
 from fedprior.privacy import Privacy, SecureSum
-from fedprior.privacy import accountant as accounting
 from fedprior.privacy import secure as secure_protocol
+from fedprior.privacy.accountant import ORDERS
 from fedprior.privacy.parties import Simulated
 from fedprior.rng import noise_generator
 
@@ -26,11 +26,14 @@ from flwr.app import Message  # pyright: ignore[reportMissingImports]
 from fedprior.federation import bundle, secure_node, server
 from fedprior_node import mail
 from grid import MODEL
-from test_federation_secure import Asked, federated, hidden, losing, request_of, simulated
+from spending import spent
+from test_federation_secure import federated, losing, request_of, simulated
+from test_federation_stages import Asked
 
 pytestmark = pytest.mark.filterwarnings("ignore::fedprior.privacy.NoiseWarning")  # nine clients alone
 PLAIN = fp.fedavg(0.1, weighting="uniform")
 LOUD = Privacy(noise_multiplier=1.0, delta=0.01)
+TWO_ROUNDS = replace(LOUD, target_epsilon=(spent(LOUD, 1.0, 2, 9, 9) + spent(LOUD, 1.0, 3, 9, 9)) / 2)
 SUM = SecureSum()
 
 
@@ -57,11 +60,8 @@ LAYERS: dict[str, fp.Algorithm] = {
 }
 
 
-@pytest.fixture(autouse=True)
-def counted(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Flower's environment need not have dp-accounting: a stand-in that grows with rounds, and falls with noise."""
-    monkeypatch.setattr(accounting, "epsilon", lambda privacy, rounds: rounds / (privacy.noise_multiplier or 1e-9))
-    monkeypatch.setattr(accounting, "noise_for", lambda privacy, rounds: rounds / privacy.target_epsilon)
+def epsilons(result: fp.Result) -> list[float]:
+    return [r.layer["epsilon"] for r in result.history]
 
 
 @pytest.fixture
@@ -85,7 +85,8 @@ def test_the_model_the_bytes_and_the_records_are_those_of_the_simulation(
     assert without_seconds(got.history) == told
     assert not any(r.kept_eta for r in got.history)
     if algorithm.privacy and algorithm.privacy.noise_multiplier:
-        assert [r.layer["epsilon"] for r in got.history] == [n / algorithm.privacy.noise_multiplier for n in (1, 2, 3)]
+        privacy, z = algorithm.privacy, algorithm.privacy.noise_multiplier
+        assert epsilons(got) == pytest.approx([spent(privacy, z, n, cohort or 9, 9, ORDERS) for n in (1, 2, 3)])
 
 
 @pytest.mark.usefixtures("known")
@@ -99,19 +100,24 @@ def test_a_node_that_is_lost_is_a_drop_out_of_the_simulation(name: str, tmp_path
 
     lose = losing({"keys": gone}, [2]) if LAYERS[name].secure else silent
     got, want = federated(LAYERS[name], tmp_path, lose), simulated(LAYERS[name], {(2, i) for i in gone})
-    assert {(r.number, c.index) for r in got.history for c in r.lost()} == {(2, i) for i in gone}
+    assert lost_of(got) == {(2, i) for i in gone}
     assert equal(tree.flatten(got.eta), tree.flatten(want.eta))
 
 
 @pytest.mark.parametrize("secure", [None, SUM], ids=["central", "distributed"])
-@pytest.mark.parametrize("wish, rounds", [(Privacy(4.0, delta=0.01), 3), (Privacy(2.5, 1.0, delta=0.01), 2)])
-def test_a_target_finds_the_noise_or_ends_the_run(wish: Privacy, rounds: int, secure: Any, tmp_path: Path) -> None:
-    """By the stand-in: 3 rounds at epsilon 4 need noise 3 / 4; noise 1 spends 1 a round, and 2.5 are allowed."""
-    got = federated(private(wish, secure), tmp_path)
+def test_a_target_finds_the_noise_or_ends_the_run(secure: Any, tmp_path: Path) -> None:
+    """Three rounds within 4 take a noise of which a hundredth less is too little; a given one ends the run in time."""
+    got = federated(private(Privacy(4.0, delta=0.01), secure), tmp_path / "a")
     planned: Any = got.algorithm.privacy
-    assert planned.noise_multiplier == (wish.noise_multiplier or 0.75)
-    assert [r.layer["epsilon"] for r in got.history] == [n / planned.noise_multiplier for n in range(1, rounds + 1)]
-    assert not any(r.lost() for r in got.history)
+    assert len(got.history) == 3 and got.history[-1].layer["epsilon"] <= 4.0
+    assert planned.epsilon(3) == got.history[-1].layer["epsilon"]
+    assert replace(planned, noise_multiplier=0.99 * planned.noise_multiplier).epsilon(3) > 4.0
+    ended = federated(private(TWO_ROUNDS, secure), tmp_path / "b")
+    assert [r.number for r in ended.history] == [1, 2]
+    for result in (got, ended):
+        z: Any = result.algorithm.privacy.noise_multiplier if result.algorithm.privacy else None
+        assert epsilons(result) == pytest.approx([spent(LOUD, z, r.number, 9, 9, ORDERS) for r in result.history])
+        assert not any(r.lost() for r in result.history)
 
 
 @pytest.mark.parametrize("name", ["central, adaptive", "distributed"])
@@ -192,11 +198,11 @@ def test_a_stage_is_not_answered_again_for_another_clip(tmp_path: Path) -> None:
 
 def test_a_node_counts_for_itself_what_is_spent(tmp_path: Path) -> None:
     """A server that goes on after the target, or that names too little noise, gets no vectors."""
-    ask = Asked(tmp_path, private(Privacy(2.5, 1.0, delta=0.01), SUM))
+    ask = Asked(tmp_path, private(TWO_ROUNDS, SUM))
     ask.head |= HEAD | {"number": 3}
     reasons, payloads = ask("masked", ask.down(), *ask.shared())
-    assert "round 3 would exceed target_epsilon=2.5" in reasons[0] and not payloads
-    ask = Asked(tmp_path / "b", private(Privacy(2.5, delta=0.01), SUM))
+    assert f"round 3 would exceed target_epsilon={TWO_ROUNDS.target_epsilon:g}" in reasons[0] and not payloads
+    ask = Asked(tmp_path / "b", private(Privacy(4.0, delta=0.01), SUM))
     ask.head |= HEAD | {"noise": 0.1}
     reasons, payloads = ask("masked", ask.down(), *ask.shared())
     assert "would exceed" in reasons[0] and not payloads

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -65,6 +66,21 @@ def test_no_mutated_vector_is_taken_for_one() -> None:
         other[place] ^= 1
         with pytest.raises(PayloadError):
             LAYOUT.unpack(bytes(other))
+
+
+OTHERS = {
+    "round": replace(LAYOUT, number=4),
+    "cohort": replace(LAYOUT, fixed=FixedPoint(32, 6)),
+    "bound": replace(LAYOUT, fields={"weight": Field(np.ones(9, bool), 2.0)}),
+    "entries": replace(LAYOUT, fields={"weight": Field(np.arange(10) != 4, 1.0)}),
+}
+
+
+@pytest.mark.parametrize("other", OTHERS)
+def test_a_vector_of_another_layout_is_refused(other: str) -> None:
+    """Its words would stand for other values, or for other entries."""
+    with pytest.raises(PayloadError, match="not a masked vector of round"):
+        OTHERS[other].unpack(VECTOR)
 
 
 def test_no_request_but_the_true_one_is_answered_twice() -> None:

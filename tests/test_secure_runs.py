@@ -88,6 +88,17 @@ def test_with_fewer_than_two_thirds_the_round_changes_nothing(stage: str, monkey
     if stage in BEFORE[:2]:  # nobody trained for nothing
         assert all(c.status == "dropped" and c.seconds == 0.0 for c in told)
         assert any("5 of 9 clients are left, and 6 are needed" in c.reason for c in told)
+        heard = 0 if stage == "keys" else 9 * (4 + KEYS_BYTES)  # nobody is told the keys of too few
+        assert {c.bytes_down for c in told} == {heard}
+
+
+def test_two_of_three_are_enough_to_unmask_and_too_few_to_hide_in(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A sum of two tells each of them the other's vector: the round ends before they train."""
+    for stage, ended in (("keys", True), ("shares", True), ("masked", False)):
+        scripted(monkeypatch, {1: stage})
+        (record,) = go(SECURE, clients=CLIENTS[:3]).history
+        assert bool(record.kept_eta) == ended, stage
+        assert {c.status for c in record.clients} == ({"dropped"} if ended else {"ok", "dropped"})
 
 
 def test_bytes_are_those_of_the_messages_that_were_sent(monkeypatch: pytest.MonkeyPatch) -> None:

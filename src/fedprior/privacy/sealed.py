@@ -117,7 +117,7 @@ class Sealed:
         if privacy is not None:
             room = self.most - rounding(self.layout, privacy.scales)
             message, inside = clip(message, room, privacy.scales)
-            within = (float(inside) - 0.5) if privacy.sigma_b else 0.0
+            within = (float(inside) - 0.5) if privacy.quantile is not None else 0.0
             _, words = self.layout.encode(message, 1.0, within, rng)
         else:
             weight = min(weight, secure_sum.most)
