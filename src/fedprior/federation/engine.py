@@ -135,7 +135,7 @@ class GridEngine:
         asked = set(self._hellos.values())
         if new := sorted(present - self._claims.keys() - asked):
             hello = bundle.pack({"ask": "hello", **self._header(work)})
-            sent = self.grid.push_messages([mail.request(n, work.number, hello, self.seconds) for n in new])
+            sent = self.grid.push_messages([mail.request(n, work.number, hello, self.seconds + 60) for n in new])
             self._hellos |= dict(zip(sent, new, strict=True))
         for message in self.grid.pull_messages(list(self._hellos)) if self._hellos else ():
             node = self._hellos.pop(message.metadata.reply_to_message_id, None)
