@@ -182,6 +182,11 @@ def test_auto_stacks_what_is_tiny(algorithm: fp.Algorithm, model: Any, cohort: i
     check(result, want, 2e-5 if stacks else 0.0)
 
 
+def test_the_choice_is_told_once(capsys: pytest.CaptureFixture[str]) -> None:
+    fp.run(FEDAVG, fp.models.mlp(4, (6,), 3), classification_clients((*SIZES, 9)), rounds=2, cohort=8, progress=True)
+    assert capsys.readouterr().err.count("stacked: 8 clients") == 1
+
+
 def test_a_stack_with_a_value_that_is_not_finite_refuses_that_client_alone() -> None:
     """Client 2 of 8 learns from an infinite example: its NaN is refused, the others count, as in the loop."""
     clients = list(classification_clients((5,) * 8))

@@ -1,13 +1,15 @@
-"""Ranks: nothing is evaluated twice, and etas that part are noticed."""
+"""Ranks: nothing is evaluated twice, slow clients are shared out, and etas that part are noticed."""
 
 from __future__ import annotations
 
 import os
+import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 import fedprior as fp
 import rank_calls
@@ -37,6 +39,36 @@ def test_each_example_is_evaluated_on_one_rank(tmp_path: Path) -> None:
         for answer in rank_calls.call(3, tmp_path / str(size), share):
             assert answer is not None and answer["value"]["examples"] == whole.examples == size
             assert answer["value"]["totals"] == pytest.approx(dict(whole.totals), rel=1e-5)
+
+
+@dataclass(frozen=True)
+class Slow:
+    """Point, on two clients for a while longer."""
+
+    point: inference.Point
+    where: tuple[int, ...] = (0, 2)  # equal shares of the first round give both to rank 0
+
+    def start(self, prior: Any, eta: Any) -> Any:
+        return self.point.start(prior, eta)
+
+    def e_step(self, objective: Any, prior: Any, eta: Any, client: Any, state: Any, rng: Any) -> Any:
+        time.sleep(0.2 * (client.index in self.where))
+        q, _ = self.point.e_step(objective, prior, eta, client, None, rng)
+        return q, {"rank": torch.tensor(float(os.environ["RANK"]))}
+
+
+def test_slow_clients_are_dealt_to_different_ranks_once_they_are_known(tmp_path: Path) -> None:
+    def places(rank: int, rounds: int) -> list[float]:
+        algorithm = fp.Algorithm(priors.Gaussian(), Slow(inference.Point(0.1)), name="slow")
+        result = fp.run(algorithm, fp.models.mlp(4, (6,), 3), CLIENTS, rounds=rounds, cohort=4)
+        states = [result.store.load(i) for i in range(4)] if rank == 0 else []
+        return [float(state["e_step/rank"]) for state in states if state]
+
+    for rounds in (1, 2):
+        answer, _ = rank_calls.call(2, tmp_path / str(rounds), lambda rank, n=rounds: places(rank, n))
+        assert answer is not None
+        where = answer["value"]
+        assert len(where) == 4 and (where[0] == where[2]) == (rounds == 1)
 
 
 @dataclass(frozen=True)

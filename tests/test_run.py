@@ -177,6 +177,17 @@ def test_records(tmp_path: Path) -> None:
         records.read(path)
 
 
+def test_seconds_are_counted_apart() -> None:
+    """Training, the wire and evaluation; the first two are parts of a round's seconds, the third is none."""
+    result = run(evaluate_every=2, rounds=3, test=TEST, engine=fp.engines.Sequential(1))
+    for record in result.history:
+        assert record.seconds_train == pytest.approx(sum(c.seconds for c in record.clients))
+        assert record.seconds_wire >= sum(c.seconds_wire for c in record.clients) > 0
+        assert record.seconds_train > 0 and record.seconds_train + record.seconds_wire < record.seconds
+        assert (record.seconds_evaluate > 0) == bool(record.metrics)
+    assert result.seconds == pytest.approx(sum(r.seconds + r.seconds_evaluate for r in result.history))
+
+
 def test_totals_are_sums_over_clients() -> None:
     result = run(ALGORITHMS[-1])
     for record in result.history:

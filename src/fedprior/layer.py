@@ -90,7 +90,9 @@ class Setting:
     seed: int
 
     def check(self, eta: Eta) -> None:
-        """A ValueError before round one if the bits of secure aggregation do not hold a cohort's sum."""
+        """A ValueError before round one if nothing is sent, or secure aggregation's bits do not hold a cohort's sum."""
+        if self.algorithm.privacy is not None and not self.schema:
+            raise ValueError(f"{self.algorithm.name} sends no statistics: leave privacy=... out")
         if self.algorithm.secure is not None:
             from fedprior.privacy.sealed import layout
 
