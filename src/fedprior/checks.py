@@ -42,7 +42,7 @@ def check_device(device: str) -> None:
     try:
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
-        raise ValueError(f"device {device!r} cannot be used here: {error}") from error
+        raise ValueError(f"device {device!r} cannot be used here: {error}; device='cpu' can") from error
 
 
 def check_sizes(clients: Any, seed: Any, cohort: Any, positive: Mapping[str, Any]) -> None:

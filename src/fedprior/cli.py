@@ -41,9 +41,14 @@ def main() -> None:
     try:
         code = app(prog_name="fedprior", standalone_mode=False)
     except usage_error as error:
-        typer.echo(f"fedprior: {' '.join(error.format_message().split())}; see fedprior --help", err=True)
+        typer.echo(f"fedprior: {' '.join(error.format_message().split())}; see {_path(error)} --help", err=True)
         code = 2
     sys.exit(code or 0)
+
+
+def _path(error: Any) -> str:
+    """The command that an option was meant for."""
+    return error.ctx.command_path if error.ctx is not None else "fedprior"
 
 
 def _show_version(value: bool) -> None:

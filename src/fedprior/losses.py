@@ -59,7 +59,8 @@ def _check_classes(logits: Tensor, y: Tensor) -> None:
     if y.is_floating_point() or y.shape != logits.shape[:-1]:
         raise ValueError(
             f"classification needs int64 class indices of shape {tuple(logits.shape[:-1])}, got {y.dtype} of shape "
-            f"{tuple(y.shape)}; write y.argmax(1) for one-hot labels, or loss='regression' for numbers"
+            f"{tuple(y.shape)}; write y.argmax(1) for one-hot labels, loss='regression' for numbers, "
+            "loss='autoencoder' for reconstructions"
         )
 
 

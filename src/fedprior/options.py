@@ -48,14 +48,16 @@ Scheme = Annotated[str, typer.Option(help="dirichlet, iid, shards or by_key; aut
 Alpha = Annotated[float, typer.Option(help="Of dirichlet: the smaller, the fewer labels a client has.")]
 Holdout = Annotated[float, typer.Option(help="Fraction of each client's examples kept for its evaluation.")]
 Seed = Annotated[int, typer.Option(help="All randomness derives from it.")]
-Model = Annotated[str, typer.Option(help="lenet, mlp, softmax, char_gru or char_transformer; auto: by data set.")]
+Model = Annotated[
+    str, typer.Option(help="lenet, mlp, softmax, char_gru, char_transformer, rules or elsa; auto: by data set.")
+]
 Rate = Annotated[float | None, typer.Option(help="Clients' learning rate.", show_default=_OWN)]
 Epochs = Annotated[int | None, typer.Option(help="Local epochs.", show_default=_OWN)]
 Batch = Annotated[int | None, typer.Option(help="Local batch size.", show_default=_OWN)]
 Every = Annotated[int, typer.Option(help="Rounds between evaluations on the test set.")]
 Dropout = Annotated[float, typer.Option(help="Probability that a sampled client never answers.")]
 Deadline = Annotated[float | None, typer.Option(help="Simulated seconds a round waits.", show_default="for all")]
-Engine = Annotated[str, typer.Option(help="How clients are run: auto, sequential, workers or torchrun.")]
+Engine = Annotated[str, typer.Option(help="How clients are run: auto, stacked, sequential, workers or torchrun.")]
 Threads = Annotated[int, typer.Option(help="PyTorch's threads while clients train, with --engine sequential.")]
 Folder = Annotated[str, typer.Option(help="Where the data set's files are; none: the usual places.")]
 Target = Annotated[str, typer.Option(help="Column to predict, of a .csv or .parquet file.")]

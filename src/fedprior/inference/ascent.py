@@ -156,8 +156,13 @@ class Epochs:
 
 def check_steps(lr: float, epochs: int, batch_size: int | None) -> None:
     """Refuse what cannot be trained with."""
-    if not 0 < lr < math.inf or epochs < 1 or (batch_size is not None and batch_size < 1):
+    if (
+        not isinstance(lr, float | int)
+        or not 0 < lr < math.inf
+        or epochs < 1
+        or (batch_size is not None and batch_size < 1)
+    ):
         raise ValueError(
-            f"need a finite lr > 0, epochs >= 1 and batch_size >= 1 (or None), got lr={lr}, epochs={epochs}, "
+            f"need a finite lr > 0, epochs >= 1 and batch_size >= 1 (or None), got lr={lr!r}, epochs={epochs}, "
             f"batch_size={batch_size}"
         )

@@ -85,8 +85,10 @@ class SharedGates:
 
     def __post_init__(self) -> None:
         density, start = self.density, self.start
-        if (density is not None and not 0 < density <= 1) or (start is not None and not (density or 0) <= start <= 1):
-            raise ValueError(f"SharedGates needs 0 < density <= start <= 1, got density={density} and start={start}")
+        if density is not None and not 0 < density <= 1:
+            raise ValueError(f"density is a fraction of the parameters, 0.05 for 5 %: in (0, 1], got {density}")
+        if start is not None and not (density or 0) <= start <= 1:
+            raise ValueError(f"start is the density to begin with, from density={density} to 1, got {start}")
         bad_rounds = (self.steps is not None and self.steps < 1) or (self.hold or 0) < 0
         numbers = (self.precision, self.activations)
         if bad_rounds or not 0 <= self.memory < 1 or not all(0 <= v < float("inf") for v in numbers):

@@ -187,7 +187,7 @@ def check(algorithm: Any) -> None:
     if algorithm.weighting != "uniform":
         raise ValueError(
             "privacy=... needs weighting='uniform': a client's number of examples is private as well, and weights "
-            "would be clipped away"
+            "would be clipped away (--weighting uniform)"
         )
     if algorithm.privacy.sampling == "poisson" and (algorithm.secure or algorithm.budget):
         raise ValueError(

@@ -69,5 +69,6 @@ def check(algorithm: Any) -> None:
     if algorithm.weighting == "examples" and secure.most == 1:
         raise ValueError(
             "weighting='examples' hides each client's number of examples under secure=SecureSum(...): write most=..., "
-            "the largest number that a client may count for, or weighting='uniform'"
+            "the largest number that a client may count for ([secure] of a TOML file), or weighting='uniform' "
+            "(--weighting uniform)"
         )
