@@ -298,7 +298,10 @@ BAD = [{"density": 0.0}, {"density": 0.5, "start": 0.4}, {"steps": 0}, {"memory"
 
 @pytest.mark.parametrize("bad", [*BAD, {"activations": -0.1}, {"precision": float("inf")}])
 def test_bad_arguments_are_refused(bad) -> None:
-    with pytest.raises(ValueError, match="SharedGates needs"):
+    words = {"density": "density is a fraction", "start": "start is the density"}.get(
+        list(bad)[-1], "SharedGates needs"
+    )
+    with pytest.raises(ValueError, match=words):
         shared(**bad)
 
 
