@@ -94,13 +94,13 @@ def accuracy(rule: Any, attack: str, partition: str, rounds: int, seed: int) -> 
 def main() -> None:
     """Print the table, a line a rule, and how long it took."""
     parser = argparse.ArgumentParser()
-    parser.add_argument("rules", nargs="*", choices=[*RULES, []], default=list(RULES))
+    parser.add_argument("rules", nargs="*", help=f"of {', '.join(RULES)}; none: all")
     parser.add_argument("--rounds", type=int, default=20)
     parser.add_argument("--partition", choices=list(PARTITIONS), default="iid")
     parser.add_argument("--seeds", type=int, default=3)
     args, began = parser.parse_args(), time.perf_counter()
     print("| rule | " + " | ".join(ATTACKS) + " |\n|---|" + "---|" * len(ATTACKS), flush=True)
-    for name in args.rules:
+    for name in args.rules or RULES:
         cells = []
         for attack in ATTACKS:
             found = [accuracy(RULES[name], attack, args.partition, args.rounds, seed) for seed in range(args.seeds)]
