@@ -99,6 +99,8 @@ def main() -> None:
     parser.add_argument("--partition", choices=list(PARTITIONS), default="iid")
     parser.add_argument("--seeds", type=int, default=3)
     args, began = parser.parse_args(), time.perf_counter()
+    if strange := [name for name in args.rules if name not in RULES]:
+        parser.error(f"unknown rule {strange[0]!r}; known: {', '.join(RULES)}")
     print("| rule | " + " | ".join(ATTACKS) + " |\n|---|" + "---|" * len(ATTACKS), flush=True)
     for name in args.rules or RULES:
         cells = []

@@ -108,13 +108,19 @@ def _grey(layer: nn.Conv2d, x: Tensor) -> Any:
     return _Grey.apply(x, layer.weight, layer.bias, layer.stride, layer.padding)
 
 
+def _windows(x: Tensor, w: Tensor, stride: Any, padding: Any) -> tuple[Tensor, Tensor]:
+    """x, of rows and columns in its second and third dimension, with a margin; and its windows, as two more."""
+    if any(padding):
+        x = F.pad(x, [0] * 2 * (x.dim() - 3) + [p for p in reversed(padding) for _ in range(2)])
+    return x, x.unfold(1, w.shape[2], stride[0]).unfold(2, w.shape[3], stride[1])
+
+
 class _Grey(torch.autograd.Function):
     """A convolution of constants of one channel by patches, (n, 1, ...) -> (n, filters, ...), with examples first."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, w: Tensor, b: Tensor | None, stride: Any, padding: Any) -> Tensor:
-        padded = F.pad(x[:, 0], [p for p in reversed(padding) for _ in range(2)])
-        windows = padded.unfold(1, w.shape[2], stride[0]).unfold(2, w.shape[3], stride[1])
+        _, windows = _windows(x[:, 0], w, stride, padding)
         patches = windows.permute(0, 3, 4, 1, 2).reshape(len(x), w[0].numel(), -1)
         ctx.save_for_backward(patches)
         ctx.size = w.shape
@@ -135,11 +141,10 @@ class _Products(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, w: Tensor, b: Tensor | None, stride: Any, padding: Any, places: Any) -> Tensor:
-        (filters, _, rows, columns), (down, right) = w.shape, stride
-        last = x.permute(1, 2, 3, 0).contiguous()
-        padded = F.pad(last, [0, 0, *(p for p in reversed(padding) for _ in range(2))]) if any(padding) else last
-        windows = padded.unfold(1, rows, down).unfold(2, columns, right).permute(4, 5, 0, 1, 2, 3)
-        patches, weights = windows.reshape(w[0].numel(), -1), w.permute(0, 2, 3, 1).reshape(filters, -1)
+        filters = len(w)
+        padded, windows = _windows(x.permute(1, 2, 3, 0).contiguous(), w, stride, padding)
+        patches = windows.permute(4, 5, 0, 1, 2, 3).reshape(w[0].numel(), -1)
+        weights = w.permute(0, 2, 3, 1).reshape(filters, -1)
         ctx.save_for_backward(patches, weights)
         ctx.stride, ctx.padding, ctx.places, ctx.size, ctx.padded = stride, padding, places, w.shape, padded.shape
         y = weights @ patches if b is None else torch.addmm(b[:, None], weights, patches)

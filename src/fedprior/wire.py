@@ -131,9 +131,5 @@ def join(parts: Mapping[str, Params | None]) -> Params:
 def part(state: Params | None, name: str, device: str | torch.device | None = None) -> Params | None:
     """One part of a personal state, on `device`; None leaves it where it is."""
     prefix = f"{name}/"
-    own = {
-        k.removeprefix(prefix): v if device is None else v.to(device)
-        for k, v in (state or {}).items()
-        if k.startswith(prefix)
-    }
+    own = {k.removeprefix(prefix): v.to(device) for k, v in (state or {}).items() if k.startswith(prefix)}
     return own or None

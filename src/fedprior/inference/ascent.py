@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
+from numbers import Real
 from typing import Any
 
 import torch
@@ -157,7 +158,7 @@ class Epochs:
 def check_steps(lr: float, epochs: int, batch_size: int | None) -> None:
     """Refuse what cannot be trained with."""
     if (
-        not isinstance(lr, float | int)
+        not isinstance(lr, Real)  # NumPy's numbers too
         or not 0 < lr < math.inf
         or epochs < 1
         or (batch_size is not None and batch_size < 1)

@@ -79,8 +79,7 @@ class Sites:
         """The change of the client's factor; its state is the factor."""
         if objective.buffers:
             raise ValueError("inference.Sites has no rule for running means: use a model without them (GroupNorm, say)")
-        zeros = type(eta)(*(tree.map(torch.zeros_like, part) for part in eta))
-        site = zeros if state is None else tree.unflatten(eta, state)
+        site = self._site(eta, state)
         tilted = self._tilted(objective, eta, self._cavity(prior, eta, site), client, rng)
         change = [
             tree.map(lambda new, old: self.damping * (new - old), *pair) for pair in zip(tilted, eta, strict=True)
@@ -93,9 +92,12 @@ class Sites:
         self, objective: Objective, prior: Any, eta: Eta, client: Client, state: Params | None, rng: torch.Generator
     ) -> posteriors.Predictive:
         """The mean of r."""
-        site = tree.map(torch.zeros_like, tree.flatten(eta)) if state is None else state
-        cavity = self._cavity(prior, eta, tree.unflatten(eta, site))
+        cavity = self._cavity(prior, eta, self._site(eta, state))
         return posteriors.Predictive.point(prior.point(self._tilted(objective, eta, cavity, client, rng)))
+
+    def _site(self, eta: Eta, state: Params | None) -> Eta:
+        """Natural parameters of t_s; none yet without a state."""
+        return tree.unflatten(eta, tree.map(torch.zeros_like, tree.flatten(eta)) if state is None else state)
 
     def _cavity(self, prior: Any, eta: Eta, site: Eta) -> Eta:
         """Natural parameters of q / t_s."""
