@@ -1,5 +1,8 @@
 """The only module that knows Flower's records: one blob a message, whose bytes Flower carries untouched.
 
+It is the wire format of both sides, and a part of the adapter of each: fedprior/federation/flower.py on the server,
+fedprior_node/flower.py on a node.
+
 A message's content is one ArrayRecord with one Array of type `STYPE`, so that none of Flower's own strategies and mods
 takes it for a tensor.
 """
@@ -9,7 +12,6 @@ from __future__ import annotations
 from flwr.app import (  # pyright: ignore[reportMissingImports]
     Array,
     ArrayRecord,
-    Context,
     Message,
     RecordDict,
 )
@@ -40,18 +42,6 @@ def blob(message: Message) -> bytes:
     if record[ARRAY].stype != STYPE:
         raise ValueError(f"holds an array of type {record[ARRAY].stype[:80]!r} instead of {STYPE!r}")
     return record[ARRAY].data
-
-
-def place(context: Context) -> tuple[int, int]:
-    """This node's partition and how many there are, from the SuperNode's --node-config."""
-    values = [context.node_config.get(key) for key in ("partition-id", "num-partitions")]
-    partition, partitions = (value if type(value) is int else -1 for value in values)
-    if not 0 <= partition < partitions:
-        raise ValueError(
-            f"this SuperNode's partition-id is {values[0]!r} and its num-partitions is {values[1]!r}; start the first "
-            'of three with --node-config "partition-id=0 num-partitions=3"'
-        )
-    return partition, partitions
 
 
 def _content(data: bytes) -> RecordDict:

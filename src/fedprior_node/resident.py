@@ -25,37 +25,30 @@ import time
 from pathlib import Path
 from typing import Any
 
-from flwr.app import Context, Message  # pyright: ignore[reportMissingImports]
-from flwr.clientapp import ClientApp  # pyright: ignore[reportMissingImports]
-
-from fedprior_node import mail
+from fedprior_node import flower
 
 _LENGTHS = struct.Struct("<IQ")
 _IDLE_SECONDS = 3600
 _started: list[subprocess.Popen[bytes]] = []  # they stay when this process ends: nobody waits for them
 
 
-def resident_app(task: str) -> ClientApp:
+def resident_app(task: str) -> flower.ClientApp:
     """A Flower ClientApp whose work is done by a process that stays on the node.
 
     Args:
         task: "module:function"; called in the worker without arguments, the function returns a fedprior Node.
     """
-    app = ClientApp()
 
-    @app.train("fedprior")
-    def answer(message: Message, context: Context) -> Message:
-        place = mail.place(context)
+    def answer(blob: bytes, place: flower.Place, node: int) -> bytes:
         try:
-            blob = _asked(task, context.node_id, place, mail.blob(message))
+            return _asked(task, node, place, blob)
         except (EOFError, BrokenPipeError, ConnectionResetError):  # the worker was killed; answers are repeatable
-            blob = _asked(task, context.node_id, place, mail.blob(message), anew=True)
-        return mail.reply(message, blob)
+            return _asked(task, node, place, blob, anew=True)
 
-    return app
+    return flower.app(answer)
 
 
-def _asked(task: str, node: int, place: tuple[int, int], blob: bytes, anew: bool = False) -> bytes:
+def _asked(task: str, node: int, place: flower.Place, blob: bytes, anew: bool = False) -> bytes:
     with connected(task, node, anew) as connection:
         send(connection, {"place": place}, blob)
         return receive(connection)[1]

@@ -4,16 +4,14 @@ from __future__ import annotations
 
 from typing import Any
 
-from flwr.app import Context, Message  # pyright: ignore[reportMissingImports]
-from flwr.clientapp import ClientApp  # pyright: ignore[reportMissingImports]
 from torch import nn
 
 from fedprior.algorithm import Algorithm
 from fedprior.federation.node import Data, Node
-from fedprior_node import mail
+from fedprior_node import flower
 
 
-def client_app(algorithm: Algorithm, data: Data, model: nn.Module, **options: Any) -> ClientApp:
+def client_app(algorithm: Algorithm, data: Data, model: nn.Module, **options: Any) -> flower.ClientApp:
     """A Flower ClientApp for the algorithm that was simulated.
 
     Flower starts a process for every message, which then imports PyTorch and loads the data again; for a process that
@@ -26,10 +24,4 @@ def client_app(algorithm: Algorithm, data: Data, model: nn.Module, **options: An
         options: the other fields of a Node: loss, state, device, threads.
     """
     node = Node(algorithm, data, model, **options)
-    app = ClientApp()
-
-    @app.train("fedprior")
-    def answer(message: Message, context: Context) -> Message:
-        return mail.reply(message, node.answer(mail.blob(message), *mail.place(context)))
-
-    return app
+    return flower.app(lambda blob, place, number: node.answer(blob, *place))
