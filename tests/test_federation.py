@@ -102,7 +102,7 @@ def test_a_node_may_leave_and_another_take_its_place(nodes: int, tmp_path: Path)
     assert {c.index for c in lost} == set(range(1, len(CLIENTS), nodes))
     assert {(c.status, c.reason, c.bytes_down) for c in lost} == {("dropped", "there is no node of partition 1", 0)}
     assert not result.history[0].lost() and not result.history[2].lost() and not result.history[3].lost()
-    assert engine._places == {0: 100, 1: 200} | {p: 100 + p for p in range(2, nodes)}
+    assert engine._seats.places == {0: 100, 1: 200} | {p: 100 + p for p in range(2, nodes)}
 
 
 def test_what_does_not_fit_is_refused_before_round_one(tmp_path: Path) -> None:

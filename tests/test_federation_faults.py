@@ -54,9 +54,7 @@ def test_a_federation_does_not_look_at_the_wall_clock(tmp_path: Path, monkeypatc
     want = simulated(FEDAVG)
     grid = LocalGrid(client_app(FEDAVG, own, MODEL), NODES)
     with monkeypatch.context() as patch:
-        from fedprior.federation import engine as module
-
-        patch.setattr(module.time, "time", lambda: next(ticks))
+        patch.setattr(time, "time", lambda: next(ticks))
         engine = GridEngine(grid, NODES, seconds=30)
         roster = Roster(len(CLIENTS), CLIENTS[0].train)
         got = fp.run(FEDAVG, MODEL, roster, rounds=ROUNDS, engine=engine, cohort=COHORT)

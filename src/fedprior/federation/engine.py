@@ -6,15 +6,13 @@ is a whole server. One message goes to each node that has clients of the cohort;
 of the cohort, so that the sum has the bits of the sequential engine's. What does not come before the deadline is late,
 and the round goes on.
 
-Nodes are told apart by the partition that they claim. The first node of a partition keeps it for as long as it is
-there; who may join at all is decided by Flower, by keys (docs/federation.md).
+Which node has which clients is in seats.py, how blobs travel in post.py and flower.py.
 """
 
 from __future__ import annotations
 
 import logging
 import secrets
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -23,21 +21,18 @@ from fedprior.cohort import Availability
 from fedprior.core import Client, Examples, Stats, Work
 from fedprior.engines.sequential import summed
 from fedprior.federation import bundle, replies
-from fedprior.federation.node import about
+from fedprior.federation.flower import GridPost
+from fedprior.federation.post import Failure, answers
 from fedprior.federation.replies import Asked
+from fedprior.federation.seats import Seats
 from fedprior.federation.secure_server import Exchange
 from fedprior.layer import LAYERS
 from fedprior.records import Round
 from fedprior.round import RoundWork, Upload
-from fedprior_node import mail
 
 log = logging.getLogger(__name__)
 Request = Callable[[Sequence[Client]], tuple[bytes, dict[int, Asked]]]
 """One node's message, and what its clients were sent."""
-
-
-class NodeError(RuntimeError):
-    """A node that cannot take part, before round one."""
 
 
 @dataclass(frozen=True)
@@ -84,11 +79,11 @@ class GridEngine:
     history: Sequence[Round] = ()
     secret: int = field(default_factory=lambda: secrets.randbits(256), repr=False)
     _accepted: dict[int, int] = field(default_factory=dict, repr=False)
-    _claims: dict[int, int] = field(default_factory=dict, repr=False)  # node -> partition, -1 for a useless node
-    _places: dict[int, int] = field(default_factory=dict, repr=False)  # partition -> node
-    _hellos: dict[str, int] = field(default_factory=dict, repr=False)  # message -> node
-    _met: bool = field(default=False, repr=False)
+    _seats: Seats = field(init=False, repr=False)
     layers = LAYERS
+
+    def __post_init__(self) -> None:
+        self._seats = Seats(GridPost(self.grid), self.nodes, self.seconds, self.poll)
 
     def map_sum(self, work: Work, indices: Sequence[int]) -> Stats | None:
         """The sum of the clients' statistics in the order of `indices`."""
@@ -96,10 +91,10 @@ class GridEngine:
             raise TypeError(f"GridEngine runs the rounds of fedprior.run, got {type(work).__name__}")
         if work.availability != Availability():
             raise ValueError("a federation's clients are late or lost by themselves: leave out availability=")
-        for record in () if self._met else self.history:
+        for record in () if self._seats.met else self.history:
             if record.number < work.number:  # a crash may have left one that will be run again
                 self._remember(record.number, record.clients)
-        self._meet(work)
+        self._seats.meet(work, bundle.pack({"ask": "hello", **self._header(work)}))
         total = summed(work, self._of_round(work, [work.population[i] for i in indices]))
         self._remember(work.number, work.records)
         for record in work.records:
@@ -109,65 +104,6 @@ class GridEngine:
 
     def _remember(self, number: int, records: Sequence[Any]) -> None:
         self._accepted.update({record.index: number for record in records if record.status == "ok"})
-
-    def _meet(self, work: RoundWork) -> None:
-        """Find out which node is which partition: wait for all of them before round one, for one of them later."""
-        end = time.monotonic() + self.seconds
-        while True:
-            present = set(self.grid.get_node_ids())
-            self._greet(present, work)
-            self._seat(present)
-            missing = [p for p in range(self.nodes) if p not in self._places]
-            if not missing or (self._met and self._places):
-                break
-            if time.monotonic() > end:
-                if self._met:
-                    break
-                raise NodeError(
-                    f"after {self.seconds:g} s there is no node of the partitions {missing}: start the SuperNodes "
-                    f'with --node-config "partition-id={missing[0]} num-partitions={self.nodes}"'
-                )
-            time.sleep(self.poll)
-        self._met = True
-
-    def _greet(self, present: set[int], work: RoundWork) -> None:
-        """Ask nodes that are new who they are, and hear those that were asked."""
-        asked = set(self._hellos.values())
-        if new := sorted(present - self._claims.keys() - asked):
-            hello = bundle.pack({"ask": "hello", **self._header(work)})
-            sent = self.grid.push_messages([mail.request(n, work.number, hello, self.seconds + 60) for n in new])
-            self._hellos |= dict(zip(sent, new, strict=True))
-        for message in self.grid.pull_messages(list(self._hellos)) if self._hellos else ():
-            node = self._hellos.pop(message.metadata.reply_to_message_id, None)
-            if node is not None:
-                self._claims[node] = self._hear(node, message, work)
-
-    def _hear(self, node: int, message: Any, work: RoundWork) -> int:
-        """The partition that a node claims. One that cannot take part ends the run before round one; later it is -1."""
-        try:
-            if message.has_error():
-                raise ValueError(f"Flower's error {message.error.code}: {message.error.reason}")
-            said = replies.hello(mail.blob(message))
-            if said["partitions"] != self.nodes or not 0 <= said["partition"] < self.nodes:
-                raise ValueError(f"it is partition {said['partition']} of {said['partitions']}, not of {self.nodes}")
-            for key, mine in about(work).items():
-                if said.get(key) != mine:
-                    raise ValueError(f"its {key} is {str(said.get(key))[:300]}, and the server's is {str(mine)[:300]}")
-            if not self._met and said["partition"] in self._claims.values():
-                raise ValueError(f"another node is partition {said['partition']} as well: give each its own")
-            return said["partition"]
-        except ValueError as error:
-            if not self._met:
-                raise NodeError(f"node {node} cannot take part: {error}") from error
-            log.warning("node %d cannot take part: %s", node, error)
-            return -1
-
-    def _seat(self, present: set[int]) -> None:
-        """The first node of a partition keeps it while it is there."""
-        self._places = {p: n for p, n in self._places.items() if n in present}
-        for node, partition in self._claims.items():
-            if node in present and partition >= 0:
-                self._places.setdefault(partition, node)
 
     def _of_round(self, work: RoundWork, clients: Sequence[Client]) -> Iterator[Upload]:
         """The uploads of a round, which under secure=... takes several exchanges."""
@@ -199,27 +135,17 @@ class GridEngine:
         self, work: RoundWork, by_partition: Mapping[int, list[Client]], request: Request
     ) -> Iterator[tuple[int, replies.Reply]]:
         """Send, and give each partition's reply as it comes; in the end those that did not come."""
-        asked, messages, sent_to = {}, [], []
+        asked, blobs, partitions = {}, {}, {}
         for partition, clients in by_partition.items():
-            node = self._places.get(partition)
+            node = self._seats.places.get(partition)
             if node is None:
                 nobody = {c.index: Asked(c.name, 0) for c in clients}
                 yield partition, replies.failed(nobody, "dropped", f"there is no node of partition {partition}")
                 continue
-            blob, asked[partition] = request(clients)
-            messages.append(mail.request(node, work.number, blob, self.seconds + 60))
-            sent_to.append(partition)
-        waiting = dict(zip(self.grid.push_messages(messages) if messages else (), sent_to, strict=True))
-        end = time.monotonic() + self.seconds
-        while waiting and time.monotonic() < end:
-            for message in self.grid.pull_messages(list(waiting)):
-                partition = waiting.pop(message.metadata.reply_to_message_id, None)
-                if partition is not None:
-                    yield partition, self._read(work, message, asked[partition])
-            if waiting:
-                time.sleep(self.poll)
-        for partition in waiting.values():
-            yield partition, replies.failed(asked[partition], "late", f"no answer within {self.seconds:g} s")
+            blobs[node], asked[node] = request(clients)
+            partitions[node] = partition
+        for node, answer in answers(self._seats.post, work.number, blobs, self.seconds, self.poll):
+            yield partitions[node], self._read(work, answer, asked[node])
 
     def _round(self, work: RoundWork, clients: Sequence[Client]) -> tuple[bytes, dict[int, Asked]]:
         """One node's message: the broadcast once, or what each client receives."""
@@ -238,13 +164,9 @@ class GridEngine:
         noise, clip = (privacy.noise_multiplier, work.layer.most) if privacy else (None, 0.0)
         return header | {"population": len(work.population), "noise": noise, "clip": clip}
 
-    def _read(self, work: RoundWork, message: Any, asked: Mapping[int, Asked]) -> replies.Reply:
-        """A reply from Flower: an error of its own, or a blob."""
-        if message.has_error():
-            reason = f"Flower's error {message.error.code}: {message.error.reason}"
-            return replies.failed(asked, "dropped", reason)
-        try:
-            blob = mail.blob(message)
-        except ValueError as error:
-            return replies.failed(asked, "rejected", f"the node's reply {error}")
-        return replies.read(blob, asked, 0 if work.algorithm.secure else self.most_examples)
+    def _read(self, work: RoundWork, answer: bytes | Failure, asked: Mapping[int, Asked]) -> replies.Reply:
+        """A node's answer: a blob, or why there is none."""
+        if isinstance(answer, Failure):
+            reason = f"the node's reply {answer.reason}" if answer.status == "rejected" else answer.reason
+            return replies.failed(asked, answer.status, reason)
+        return replies.read(answer, asked, 0 if work.algorithm.secure else self.most_examples)
