@@ -9,11 +9,12 @@ Setting "labels": Fashion-MNIST, 100 clients with at most 5 labels each (5 shard
 784-100-10, for fedbn with a batch norm after its hidden layer, cohort 10, one local epoch, batch 20, 50 rounds.
 "shakespeare": 504 roles as clients, a causal transformer of one block, batch 4, 20 rounds.
 
-A fifth of every client's examples is its test set. The learning rate is the one of three with the highest mean accuracy
-after adapting on a validation set, a fifth of the rest, in runs of half as many rounds with seed 1, which do not see
-the test set; all seeds use it. All other arguments are the constructors' defaults, which were not tuned. `before` is
-the model that a client receives (with its own parameters, if it has any), `after` what it predicts with when it has
-adapted to its training examples (Result.personal). Means and deciles are over clients, of the first 100.
+A fifth of every client's examples is its test set. Every algorithm has five tuning runs, of half as many rounds with
+seed 1, on a validation set, a fifth of the rest, which do not see the test set: three learning rates, then with the
+best of them two more values of the algorithm's own constant (CONSTANTS), or, if it has none, half and twice the rate.
+Best is the lowest mean of nats after adapting; all seeds use it. All other arguments are the constructors' defaults.
+`before` is the model that a client receives (with its own parameters, if it has any), `after` what it predicts with
+when it has adapted to its training examples (Result.personal). Means and deciles are over clients, of the first 100.
 """
 
 from __future__ import annotations
@@ -44,6 +45,38 @@ from fedprior.rng import generator
 
 HELD_OUT, LIMIT, TUNED = 0.2, 100, 1  # TUNED: the seed whose partition chooses the learning rate
 OTHER = ("fednsl",)  # needs a model of rules, which is none of the settings'
+CONSTANTS: dict[str, tuple[str, Any, Any]] = {
+    "fedprox": ("precision", 0.1, 10.0),
+    "fedavgm": ("momentum", 0.5, 0.97),
+    "fedadagrad": ("server_lr", 0.03, 0.3),
+    "fedadam": ("server_lr", 0.003, 0.03),
+    "fedyogi": ("server_lr", 0.003, 0.03),
+    "grouplasso": ("strength", 0.0003, 0.003),
+    "fedrep": ("personal_epochs", 2, 10),
+    "pfedme": ("strength", 5.0, 45.0),
+    "ditto": ("strength", 0.1, 10.0),
+    "pfedbayes": ("zeta", 0.1, 0.01),
+    "pfedvem": ("rho", 0.1, 1.0),
+    "feddyn": ("alpha", 0.03, 0.3),
+    "fola": ("pull", 0.1, 10.0),
+    "fedhb": ("scale", 10.0, 100.0),
+    "learnedscale": ("floor", 0.001, 0.1),
+    "laplace": ("scale", 0.15, 1.5),
+    "horseshoe": ("scale", 0.15, 1.5),
+    "fedpa": ("shrinkage", 0.001, 0.1),
+    "pvi": ("damping", 0.25, 0.125),
+    "fedep": ("damping", 0.25, 0.125),
+    "fedsep": ("damping", 0.25, 0.125),
+    "pfedbred": ("strength", 5.0, 45.0),
+    "fedppd": ("temperature", 0.01, 0.1),
+    "kure": ("strength", 1.0, 100.0),
+    "decoupled": ("strength", 1.0, 100.0),
+    "fedem": ("components", 2, 5),
+    "ifca": ("clusters", 3, 5),
+    "fedhbmixture": ("precision", 1.0, 100.0),
+    "fedsparsemixture": ("clusters", 3, 5),
+}
+"""An algorithm's own constant, and the values that are tried beside its default."""
 
 
 @dataclass(frozen=True)
@@ -106,18 +139,18 @@ def validated(clients: Population) -> LazyPopulation:
     return LazyPopulation(len(clients), make)
 
 
-def made(name: str, setting: Setting, lr: float, clients: int) -> fp.Algorithm:
-    """The algorithm with its defaults; some ask how many clients there are."""
+def made(name: str, setting: Setting, lr: float, clients: int, own: Row) -> fp.Algorithm:
+    """The algorithm with its defaults, but for `own`; some ask how many clients there are."""
     make = fp.ALGORITHMS[name]
     count = {"clients": clients} if "clients" in inspect.signature(make).parameters else {}
-    return make(lr=lr, batch_size=setting.batch_size, **count)
+    return make(lr=lr, batch_size=setting.batch_size, **count, **own)
 
 
-def measure(setting: str, name: str, seed: int, device: str, lr: float, tuning: bool) -> Row:
-    """One run's numbers."""
+def measure(setting: str, name: str, seed: int, device: str, tuning: bool, lr: float, own: Row) -> Row:
+    """One run's numbers, with the learning rate `lr` and `own` as the algorithm's other arguments."""
     common, clients = SETTINGS[setting], SETTINGS[setting].data(seed)
     result = fp.run(
-        made(name, common, lr, len(clients)),
+        made(name, common, lr, len(clients), own),
         common.model(name, seed),
         validated(clients) if tuning else clients,
         rounds=common.rounds // 2 if tuning else common.rounds,
@@ -135,7 +168,7 @@ def measure(setting: str, name: str, seed: int, device: str, lr: float, tuning: 
         "clients": len(rows),
         "device": device,
     }
-    return {"setting": setting, "name": name, "seed": seed, "lr": lr} | more | numbers
+    return {"setting": setting, "name": name, "seed": seed, "lr": lr, "own": own} | more | numbers
 
 
 def flat(key: str, spread: dict[str, float]) -> list[tuple[str, float]]:
@@ -151,22 +184,36 @@ def remembered(path: Path, make: Callable[[], Row]) -> Row:
     return json.loads(path.read_text())
 
 
-def one(out: Path, setting: str, name: str, seed: int, device: str) -> None:
-    """One algorithm with one seed; its learning rate is chosen first, if it has not been."""
-    torch.set_num_threads(1)
+def tuned(out: Path, setting: str, name: str, device: str) -> tuple[float, Row]:
+    """The best learning rate and constant of five runs."""
+
+    def tried(choices: Sequence[tuple[float, Row]]) -> tuple[float, Row]:
+        rows = [
+            remembered(
+                out / "tuning" / f"{slug(setting, name, TUNED)}-{'-'.join(f'{v:g}' for v in (lr, *own.values()))}.json",
+                partial(measure, setting, name, TUNED, device, True, lr, own),
+            )
+            for lr, own in choices
+        ]
+        best = min(rows, key=lambda r: r["after_nats"])
+        return best["lr"], best["own"]
+
     (out / "tuning").mkdir(parents=True, exist_ok=True)
-    tuned = [
-        remembered(
-            out / "tuning" / f"{slug(setting, name, TUNED)}-{lr:g}.json",
-            partial(measure, setting, name, TUNED, device, lr, True),
-        )
-        for lr in SETTINGS[setting].rates
-    ]
-    best = max(tuned, key=lambda r: r["after_accuracy"])
-    row = remembered(
-        out / f"{slug(setting, name, seed)}.json", partial(measure, setting, name, seed, device, best["lr"], False)
-    )
-    print(f"{setting}: {name}, seed {seed}, lr {row['lr']}: {100 * row['after_accuracy']:.2f} %", flush=True)
+    rates: list[tuple[float, Row]] = [(lr, {}) for lr in SETTINGS[setting].rates]
+    lr, _ = tried(rates)
+    if name not in CONSTANTS:
+        return tried([*rates, (lr / 2, {}), (lr * 2, {})])
+    constant, *values = CONSTANTS[name]
+    return tried([*rates, *((lr, {constant: value}) for value in values)])
+
+
+def one(out: Path, setting: str, name: str, seed: int, device: str) -> None:
+    """One algorithm with one seed; what it has is tuned first, if it has not been."""
+    torch.set_num_threads(1)
+    lr, own = tuned(out, setting, name, device)
+    path = out / f"{slug(setting, name, seed)}.json"
+    row = remembered(path, partial(measure, setting, name, seed, device, False, lr, own))
+    print(f"{setting}: {name}, seed {seed}, lr {lr:g} {own or ''}: {100 * row['after_accuracy']:.2f} %", flush=True)
 
 
 def run(options: argparse.Namespace) -> None:
@@ -195,9 +242,12 @@ def table(rows: Sequence[Row]) -> list[str]:
     for row in rows:
         names.setdefault(row["name"], []).append(row)
     columns = ["accuracy before, %", "after, %", "worst decile, %", "nats before", "nats after", "ECE after, %", "MB"]
-    lines = [f"| algorithm | seeds | lr | {' | '.join(columns)} |", "|" + "---|" * (3 + len(columns))]
+    lines = [f"| algorithm | seeds | tuned | {' | '.join(columns)} |", "|" + "---|" * (3 + len(columns))]
     for name, mine in sorted(names.items(), key=lambda item: -mean(item[1], "after_accuracy")):
-        cells: list[Any] = [name, ", ".join(str(r["seed"]) for r in mine), ", ".join(f"{r['lr']:g}" for r in mine)]
+        chosen = dict.fromkeys(
+            ", ".join([f"lr {r['lr']:g}", *(f"{k} {v:g}" for k, v in r["own"].items())]) for r in mine
+        )
+        cells: list[Any] = [name, ", ".join(str(r["seed"]) for r in mine), "; ".join(chosen)]
         cells += [percent(mine, key) for key in ("before_accuracy", "after_accuracy")]
         cells += [percent(mine, "after_accuracy_worst_decile")]
         cells += [f"{mean(mine, key):.3f}" for key in ("before_nats", "after_nats")]

@@ -154,7 +154,11 @@ def test_ifca_finds_the_clusters_and_ends_at_each_ones_optimum() -> None:
         assert torch.allclose(weights(result.eta)[k], best(group, "examples"), rtol=0, atol=1e-6)
         for client in group:
             own = result.personal(client)
-            assert own.weights == (1.0,) and torch.equal(own.models[0]["weight"][0], weights(result.eta)[k])
+            x, y, w = client.train.x, client.train.y, weights(result.eta)[k]
+            adapted = w + 0.3 * x.T @ (y.squeeze(-1) - x @ w) / len(x)  # one step of the E-step on all examples
+            assert own.weights == (1.0,)
+            assert torch.allclose(own.models[0]["weight"][0], adapted, rtol=0, atol=1e-9)
+            assert not torch.allclose(adapted, w, rtol=0, atol=1e-3)
     assert torch.equal(result.params["weight"][0], weights(result.eta)[first])  # 3 of 5 clients
     assert not any(result.store.load(c.index) for c in clients)
 

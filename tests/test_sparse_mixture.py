@@ -74,9 +74,11 @@ def test_two_clusters_with_different_relevant_inputs_get_different_masks() -> No
 
 
 def choice(result: fp.Result, client: Client) -> int:
-    """The component that a client predicts with."""
+    """The component that a client predicts with: the one that its own model has the units of."""
     (own,) = result.personal(client).models
-    (k,) = [k for k, model in enumerate(points(result)) if equal(own, model)]
+    (k,) = [
+        k for k, model in enumerate(points(result)) if all(((own[n] == 0) == (v == 0)).all() for n, v in model.items())
+    ]
     return k
 
 

@@ -10,8 +10,10 @@ r"""E-steps of a mixture: which of K models a client's examples, or the whole cl
 pi is the personal state of a soft client, and a hard one keeps nothing. A component with pi_k = 0 is not trained.
 With one full-batch step, and clients that count by examples, w_k moves by lr times the gradient of the mean of all
 examples' log-likelihoods weighted by r_ik: gradient EM on the pooled data. Marfoq's code divides by N_s and not by
-N_s pi_k, and then weighs clients by N_s: the same direction, at pi_k times the rate. Personal predictions are
-sum_k pi_k p(y | f(x; w_k)), with the server's components and the pi that EM finds for them.
+N_s pi_k, and then weighs clients by N_s: the same direction, at pi_k times the rate.
+
+Personal predictions are sum_k pi_k p(y | f(x; phi_k)): the pi that EM finds for the server's components, and one E-step
+of each from there, as a client of any other algorithm adapts. Marfoq's and Ghosh's predict with the w_k themselves.
 
 Marfoq et al. 2021, arXiv:2108.10252, Algorithm 1; Ghosh et al. 2020, arXiv:2006.04088, Algorithm 1 (model averaging).
 """
@@ -73,13 +75,16 @@ class Mixture:
     def personal(
         self, objective: Objective, prior: Any, eta: Eta, client: Client, state: Params | None, rng: torch.Generator
     ) -> posteriors.Predictive:
-        """The server's components that the client has a part in."""
-        models, pi = prior.points(eta), _pi(eta, state)
-        scores = log_likelihoods(objective, models, client.train)
-        for _ in range(1 if self.hard else _PASSES):
-            pi = self._responsibilities(scores, pi).mean(0)
-        own = [k for k in range(len(pi)) if pi[k] > 0]
-        return posteriors.Predictive(tuple(pi[own].tolist()), tuple(models[k] for k in own))
+        """The components that the client has a part in, adapted to it."""
+        pi = _pi(eta, state)
+        if not self.hard:
+            scores = log_likelihoods(objective, prior.points(eta), client.train)
+            for _ in range(_PASSES):
+                pi = self._responsibilities(scores, pi).mean(0)
+        q, _ = self.e_step(objective, prior, eta, client, {"pi": pi}, rng)
+        weights = q.pi["pi"].tolist()
+        own = [k for k, weight in enumerate(weights) if weight > 0]
+        return posteriors.Predictive(tuple(weights[k] for k in own), tuple(q.parts[k].mean() for k in own))
 
     def _responsibilities(self, scores: Tensor, pi: Tensor) -> Tensor:
         """r, (N_s, K), from log-likelihoods (N_s, K)."""
