@@ -171,3 +171,19 @@ def test_noise_that_drowns_the_signal_is_one_line_on_stderr(tmp_path: Path) -> N
     loud = call("run", path, "--noise-multiplier", "100", *flags, tmp_path / "loud").stderr
     assert loud.count("\n") == 1 and loud.startswith("fedprior: the noise of a round has ")
     assert call("run", path, "--noise-multiplier", "0.02", *flags, tmp_path / "low").stderr == ""
+
+
+def test_a_private_run_tells_what_it_has_spent(tmp_path: Path) -> None:
+    path, told = tmp_path / "my.toml", {}
+    path.write_text(FIVE)
+    for name, flags in {"noise": [], "target": ["--target-epsilon", "900"]}.items():
+        flags = ["--noise-multiplier", "0.5", "--delta", "0.1", "--rounds", "2", *flags]
+        told[name] = call("run", path, *flags, "--out", tmp_path / name).stdout
+        rounds = read(tmp_path / name / "records.jsonl")
+        assert len(rounds) in (1, 2) and f"privacy spent: epsilon {rounds[-1].layer['epsilon']:.3g}" in told[name]
+    assert (
+        " of 900, at delta 0.1" in told["target"] and ", at delta 0.1" in told["noise"] and " of " not in told["noise"]
+    )
+    call("run", path, "--rounds", "1", "--out", tmp_path / "plain", "--quiet")
+    assert "privacy" not in call("run", path, "--rounds", "2", "--resume", tmp_path / "plain").stdout
+    assert len(read(tmp_path / "plain" / "records.jsonl")) == 2

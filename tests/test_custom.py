@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -139,6 +139,19 @@ def test_log_prob_is_for_one_client() -> None:
     prior = priors.Custom(gaussian(1.0))
     with pytest.raises(ValueError, match="sum of 3"):
         prior.log_prob(prior.init(PLAIN), Stats({"phi": PLAIN}, 3.0))
+
+
+@pytest.mark.parametrize(
+    ("value", "got"), [(torch.ones(3), r"shape \(3,\)"), (torch.ones(1), r"shape \(1,\)"), (1.0, "float")]
+)
+def test_a_function_must_return_one_number(value: Any, got: str) -> None:
+    prior = priors.Custom(lambda eta, phi: value)
+    for call in (
+        lambda: prior.log_prob(prior.init(PLAIN), Stats({"phi": PLAIN})),
+        lambda: prior.message(prior.init(PLAIN), posteriors.Point(PLAIN)),
+    ):
+        with pytest.raises(TypeError, match=f"one number, in nats, got {got}: sum it"):
+            call()
 
 
 def test_a_field_that_the_function_ignores_stays() -> None:

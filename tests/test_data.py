@@ -217,6 +217,7 @@ ERRORS = [
     (lambda: data.shards(FEW, 11, 2), "11 clients need 22 examples"),
     (lambda: data.by_key(FEW), r"no keys: give by_key\(keys="),
     (lambda: data.by_key(FEW, ["a"]), "20 examples and 1 keys"),
+    (lambda: data.by_key(FEW, "a" * 20), r"got the text 'a+'; a column's name goes to from_csv\(client="),
     (lambda: data.by_key(FEW, [None] * 20), "20 of 20 keys are missing"),
     (
         lambda: data.LazyPopulation(0, lambda i: Client(i, "a", FEW)),

@@ -1,4 +1,4 @@
-"""torchrun itself, a rank of which is killed at some moment: a clear end, and the run goes on with other numbers of ranks."""
+"""torchrun itself, with a rank killed at some moment: a clear end, and the run goes on with other numbers of ranks."""
 
 from __future__ import annotations
 

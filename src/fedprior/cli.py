@@ -72,6 +72,7 @@ def run(
     config: options.Config,
     out: options.Out = None,
     resume: options.Again = None,
+    rounds: options.RunRounds = None,
     engine: options.RunEngine = None,
     weighting: options.Weighting = None,
     secure: options.Secure = False,
@@ -100,6 +101,7 @@ def run(
         row = comparing.execute(experiment, folder, resume is not None, False if quiet else None)
     if not quiet:
         _print_rows([row])
+        _tell_privacy(folder, wanted)
     _warn(folder, row)
     typer.echo(f"{folder}; plots and tables: fedprior report {folder}")
 
@@ -188,6 +190,15 @@ def _warn(folder: Path, row: Row) -> None:
     """A line on stderr if uploads were refused or rounds went by without an update."""
     if text := warning(read(folder / RECORDS)):
         typer.echo(f"fedprior: {row['algorithm']}: {text}", err=True)
+
+
+def _tell_privacy(folder: Path, wanted: configs.Config) -> None:
+    """What has been spent, under the table of a private run."""
+    spent = [r.layer["epsilon"] for r in read(folder / RECORDS) if "epsilon" in r.layer]
+    if spent and wanted.privacy is not None:
+        target = wanted.privacy.target_epsilon
+        of = f" of {target:g}" if target is not None else ""
+        typer.echo(f"privacy spent: epsilon {spent[-1]:.3g}{of}, at delta {wanted.privacy.delta:g}")
 
 
 def _report(folder: Path) -> str:

@@ -16,6 +16,7 @@ Again = Annotated[Path | None, typer.Option(help="Go on with the run in this fol
 RunEngine = Annotated[
     str | None, typer.Option("--engine", help="How clients are run.", show_default="that of the file, auto")
 ]
+RunRounds = Annotated[int | None, typer.Option("--rounds", help="Rounds in all.", show_default="that of the file")]
 Weighting = Annotated[
     str | None, typer.Option(help="uniform: a vote a client; or examples.", show_default="that of the file")
 ]
@@ -68,7 +69,7 @@ Resume = Annotated[bool, typer.Option("--resume", help="Go on with the compariso
 def sections(given: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
     """The options of run, as far as they were given, by the sections that they change."""
     where = {
-        "run": ["engine"],
+        "run": ["engine", "rounds"],
         "algorithm": ["weighting"],
         "privacy": ["target_epsilon", "noise_multiplier", "delta", "clip"],
     }

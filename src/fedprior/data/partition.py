@@ -84,6 +84,10 @@ def by_key(examples: Examples, keys: Sequence[object] | None = None, seed: int =
     owners = examples.keys if keys is None else keys
     if owners is None:
         raise ValueError("no keys: give by_key(keys=[...]), one per example, or from_csv(client=...)")
+    if isinstance(owners, str):
+        raise ValueError(
+            f"keys are one per example, got the text {owners!r}; a column's name goes to from_csv(client=...)"
+        )
     owners = as_keys(owners)
     if len(owners) != len(examples):
         raise ValueError(f"there are {len(examples)} examples and {len(owners)} keys")

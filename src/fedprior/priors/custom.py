@@ -60,7 +60,7 @@ class Custom:
     def message(self, eta: Any, q: Any) -> Stats:
         """The gradient of log_prob with respect to eta."""
         leaves = {k: v.detach().requires_grad_() for k, v in tree.flatten(eta).items()}
-        value = self.function(tree.unflatten(eta, leaves), q.mean())
+        value = self._value(tree.unflatten(eta, leaves), q.mean())
         grads = torch.autograd.grad(value, list(leaves.values()), allow_unused=True, materialize_grads=True)
         return Stats({"gradient": dict(zip(leaves, grads, strict=True))})
 
@@ -68,7 +68,17 @@ class Custom:
         """log p(phi | eta) of one client."""
         if t.clients != 1:
             raise ValueError(f"Custom.log_prob is for one client's statistics, got the sum of {t.clients}")
-        return self.function(eta, t["phi"])
+        return self._value(eta, t["phi"])
+
+    def _value(self, eta: Any, phi: Params) -> Tensor:
+        """What `function` says; a TypeError for anything but a scalar."""
+        value = self.function(eta, phi)
+        if not isinstance(value, Tensor) or value.dim():
+            got = f"shape {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
+            raise TypeError(
+                f"function of priors.Custom must return a tensor with one number, in nats, got {got}: sum it"
+            )
+        return value
 
     def m_step(self, eta: Any, t: Stats) -> Any:
         """One gradient step."""
