@@ -25,6 +25,7 @@ from fedprior.federation import GridEngine, Node, Roster, bundle, client_app, re
 from fedprior.federation.replies import Asked
 from fedprior_node import mail
 from grid import CLIENTS, COHORT, MODEL, NODES, ROUNDS, LocalGrid, federated, own, simulated
+from stateful import states_of_the_last_accepted
 
 FEDAVG = fp.fedavg(0.1)
 MOST = 50
@@ -46,6 +47,31 @@ def test_half_of_the_clients_lost_in_each_round(algorithm: fp.Algorithm, tmp_pat
     want = simulated(algorithm, cohort=None, rounds=6, availability=Lost(lost_of(got)))
     assert 10 < len(lost_of(got)) < 32  # of 42
     assert equal(tree.flatten(got.eta), tree.flatten(want.eta))
+
+
+@pytest.mark.parametrize("algorithm", [fp.topk(0.1, 0.2), fp.scaffold(0.1)], ids=lambda a: a.name)
+def test_a_request_that_a_node_finds_after_a_later_one_changes_nothing(algorithm: fp.Algorithm, tmp_path: Path) -> None:
+    """Its SuperNode was stopped: round 2's request is there after that of round 3, whose states have been accepted."""
+    found: dict[str, bytes] = {}
+
+    def change(number: int, request: Message, reply: Message) -> Message | None:
+        header, _ = bundle.unpack(mail.blob(request), 1 << 20)
+        if request.metadata.dst_node_id == 101 and header.get("number") == 2:
+            found["request"] = mail.blob(request)
+            return None
+        if request.metadata.dst_node_id == 101 and header.get("number") == 3:
+            node = Node(algorithm, own, MODEL, state=tmp_path / "states")
+            found["reply"] = node.answer(found["request"], 1, NODES)
+        return reply
+
+    got = federated(algorithm, tmp_path, change, cohort=0)
+    want = simulated(algorithm, cohort=None, availability=Lost(lost_of(got)))
+    assert {number for number, _ in lost_of(got)} == {2}
+    assert equal(tree.flatten(got.eta), tree.flatten(want.eta))
+    (states,) = (tmp_path / "states").iterdir()
+    states_of_the_last_accepted(states, got.history, want.store)
+    header, _ = bundle.unpack(found["reply"], 1 << 20)
+    assert all("round 2 is over for client" in entry["reason"] for entry in header["clients"])
 
 
 def test_a_federation_does_not_look_at_the_wall_clock(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
