@@ -116,6 +116,15 @@ def test_bytes_are_those_of_the_messages_that_were_sent(monkeypatch: pytest.Monk
     assert clients[1].bytes_down == clients[8].bytes_down == roster + box + eta + request
 
 
+def test_the_least_that_must_stay_are_told_the_keys(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Six of nine: each has a roster of six, the shares of five, and a request about six."""
+    scripted(monkeypatch, {0: "keys", 4: "keys", 8: "keys"})
+    clients = {c.index: c for c in go(SECURE).history[0].clients}
+    index, sealed, eta = 4, 2 * shamir.SHARE_BYTES + 16, go(PLAIN).history[0].clients[1].bytes_down
+    roster, box, request = LEAST * (index + KEYS_BYTES), (LEAST - 1) * (index + sealed), 8 + LEAST * index
+    assert clients[1].bytes_down == roster + box + eta + request
+
+
 def test_a_fleet_that_drops_out_stops_at_all_stages() -> None:
     """With probability p before the upload, each stage as likely, and p / 3 after it."""
     fleet, count = fp.Availability(dropout=0.3), 6000
