@@ -88,7 +88,7 @@ def test_a_round_that_is_run_again_is_revealed_for_the_same_clients_or_not_at_al
 
 
 def test_a_request_of_an_earlier_round_ends_no_later_one(tmp_path: Path) -> None:
-    """A SuperNode that was stopped finds it; and between two rounds 2 it would let the second be revealed for others."""
+    """A SuperNode that was stopped finds it. Between two rounds 2 it would let the second be revealed for others."""
     ask = Asked(tmp_path)
     for revealed in (False, True):
         ask.head["number"] = 2
