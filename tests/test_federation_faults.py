@@ -90,6 +90,19 @@ def test_a_federation_does_not_look_at_the_wall_clock(tmp_path: Path, monkeypatc
     assert all(0 <= r.seconds < 30 for r in got.history)
 
 
+def test_a_node_trains_its_own_clients_alone() -> None:
+    """It has all of the federation's, and is asked for 0, 1 and 4; of its own, its data give 7 for 4."""
+    clients = {c.index: c for c in CLIENTS} | {4: replace(CLIENTS[4], index=7)}
+    head = {"ask": "round", "run": "r", "seed": 0, "rounds": 2, "cohort": 2, "number": 1, "population": 7}
+    head |= {"noise": None, "clip": 0.0, "clients": [[i, 0] for i in (0, 1, 4)]}
+    down = fp.wire.encode_eta(FEDAVG, FEDAVG.start({k: v.detach() for k, v in MODEL.named_parameters()})[0])
+    reply, payloads = bundle.unpack(Node(FEDAVG, clients, MODEL).answer(bundle.pack(head, [down]), 1, NODES), 1 << 20)
+    stranger, own_client, odd = reply["clients"]
+    assert "client 0 does not live on the node of partition 1 of 3" in stranger["reason"]
+    assert "the data give client 7 for client 4" in odd["reason"]
+    assert own_client["status"] == "ok" and [len(p) > 0 for p in payloads] == [False, True, False]
+
+
 def mutated(data: bytes, name: str, k: int) -> bytes:
     """One to three bytes changed; in one of five also cut."""
     return torn(data, numpy_generator(0, name, k), k % 5 == 0)
