@@ -12,7 +12,7 @@ import pytest
 import fedprior as fp
 from cases import Lost, equal, lost_of
 from draws import torn
-from fedprior import tree
+from fedprior import tree, wire
 from fedprior.privacy import SecureSum
 from fedprior.rng import numpy_generator
 
@@ -95,7 +95,7 @@ def test_a_node_trains_its_own_clients_alone() -> None:
     clients = {c.index: c for c in CLIENTS} | {4: replace(CLIENTS[4], index=7)}
     head = {"ask": "round", "run": "r", "seed": 0, "rounds": 2, "cohort": 2, "number": 1, "population": 7}
     head |= {"noise": None, "clip": 0.0, "clients": [[i, 0] for i in (0, 1, 4)]}
-    down = fp.wire.encode_eta(FEDAVG, FEDAVG.start({k: v.detach() for k, v in MODEL.named_parameters()})[0])
+    down = wire.encode_eta(FEDAVG, FEDAVG.start({k: v.detach() for k, v in MODEL.named_parameters()})[0])
     reply, payloads = bundle.unpack(Node(FEDAVG, clients, MODEL).answer(bundle.pack(head, [down]), 1, NODES), 1 << 20)
     stranger, own_client, odd = reply["clients"]
     assert "client 0 does not live on the node of partition 1 of 3" in stranger["reason"]
