@@ -85,6 +85,20 @@ def test_a_server_does_not_unmask_a_sum_of_too_few() -> None:
         secure.unmask(ROSTER, asked, dict.fromkeys(range(COUNT), answer), np.zeros(3, "<u4"))
 
 
+@pytest.mark.parametrize("stranger", [0, COUNT])
+def test_shares_from_itself_or_from_nobody_are_refused(stranger: int) -> None:
+    box = secure.deliver(ROSTER, SENT)[0]
+    secure.receive(STATES[0], box)
+    with pytest.raises(SecureError, match=rf"shares from \[{stranger}\], who are not in the roster"):
+        secure.receive(STATES[0], box + masks.INDEX.pack(stranger) + masks.entries(box)[1])
+
+
+def test_a_client_whose_vector_did_not_arrive_has_no_say() -> None:
+    asked, answer = secure.request(range(COUNT), range(LEAST)), bytes(shamir.SHARE_BYTES * COUNT)
+    with pytest.raises(SecureError, match=rf"replies of \[{LEAST}\] do not fit"):
+        secure.unmask(ROSTER, asked, dict.fromkeys(range(LEAST + 1), answer), np.zeros(3, "<u4"))
+
+
 @pytest.mark.parametrize("threshold", [2, 3, 6])
 def test_one_share_too_few_gives_another_secret(threshold: int) -> None:
     """The polynomial has the whole degree, threshold - 1."""
