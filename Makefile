@@ -5,9 +5,10 @@ VENV := .venv
 BIN := $(VENV)/bin
 WORKERS ?= 2
 DEMO ?= demo
+FAULT_TESTS := tests/test_faults.py tests/test_secure_faults.py tests/test_audit.py tests/test_leaks.py
 FLOWER_TESTS := $(wildcard tests/test_federation*.py) $(wildcard tests/test_deployed*.py)
 
-.PHONY: install demo test test-all test-demo test-flower check format docs clean
+.PHONY: install demo test test-all test-demo test-faults test-flower check format docs clean
 
 install: $(VENV)/.installed
 
@@ -28,6 +29,10 @@ test-all: install
 
 test-demo: install
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 0 -m slow tests/test_demo.py
+
+# Payloads mutated a hundred thousand times, the audit of privacy, memory; what needs Flower is part of test-flower.
+test-faults: install
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) -m slow $(FAULT_TESTS)
 
 # Flower pins packages that others need newer: it has an environment of its own.
 test-flower: $(VENV)-flower/.installed

@@ -19,23 +19,9 @@ from fedprior.rng import numpy_generator
 
 pytest.importorskip("flwr", reason="federations need flwr, in an environment of its own: make test-flower")
 
-from deployment import CLIENTS, NODES, Deployment, after_round, begin_run, project, simulated, start_run
+from deployment import CLIENTS, NODES, Deployment, after_round, begin_run, programs, project, simulated, start_run
 
 slow = pytest.mark.slow
-
-
-def programs(d: Deployment, word: str) -> list[int]:
-    """Processes of this federation with a word in their command line, but no zombies."""
-    found = []
-    for folder in Path("/proc").iterdir():
-        try:
-            words = (folder / "cmdline").read_bytes().split(b"\0")
-            home = (folder / "environ").read_bytes() if folder.name.isdigit() else b""
-        except OSError:
-            continue
-        if f"HOME={d.folder}".encode() in home.split(b"\0") and any(word.encode() in w for w in words):
-            found.append(int(folder.name))
-    return found
 
 
 @pytest.fixture(scope="module")

@@ -127,6 +127,8 @@ def test_what_does_not_fit_is_refused_before_round_one(tmp_path: Path) -> None:
         bare = LocalGrid(good, NODES)
         bare.contexts[100].node_config.clear()
         fp.run(algorithm, MODEL, roster, rounds=1, engine=GridEngine(bare, NODES, seconds=0.2))
+    with pytest.raises(ValueError, match="at least 1 client, got 0"):
+        Roster(0, CLIENTS[0].train)
     with pytest.raises(ValueError, match="example="):
         serve(LocalGrid(good, NODES), algorithm, MODEL, Settings(out=str(tmp_path)), 1)
 
@@ -137,6 +139,7 @@ def test_what_does_not_fit_is_refused_before_round_one(tmp_path: Path) -> None:
         ({"rounds": 0}, "at least 1"),
         ({"rounds": "3"}, "must be of type int"),
         ({"cohort": 9}, "between 0"),
+        ({"cohort": -1}, "between 0"),
         ({"nodes": 4}, "4 nodes share 3 clients"),
         ({"seconds": 0}, "positive"),
     ],

@@ -12,7 +12,7 @@ import pytest
 import fedprior as fp
 from cases import Lost, equal, lost_of
 from draws import torn
-from fedprior import tree
+from fedprior import tree, wire
 from fedprior.privacy import SecureSum
 from fedprior.rng import numpy_generator
 
@@ -25,6 +25,7 @@ from fedprior.federation import GridEngine, Node, Roster, bundle, client_app, re
 from fedprior.federation.replies import Asked
 from fedprior_node import mail
 from grid import CLIENTS, COHORT, MODEL, NODES, ROUNDS, LocalGrid, federated, own, simulated
+from stateful import states_of_the_last_accepted
 
 FEDAVG = fp.fedavg(0.1)
 MOST = 50
@@ -48,6 +49,31 @@ def test_half_of_the_clients_lost_in_each_round(algorithm: fp.Algorithm, tmp_pat
     assert equal(tree.flatten(got.eta), tree.flatten(want.eta))
 
 
+@pytest.mark.parametrize("algorithm", [fp.topk(0.1, 0.2), fp.scaffold(0.1)], ids=lambda a: a.name)
+def test_a_request_that_a_node_finds_after_a_later_one_changes_nothing(algorithm: fp.Algorithm, tmp_path: Path) -> None:
+    """Its SuperNode was stopped: round 2's request is there after that of round 3, whose states have been accepted."""
+    found: dict[str, bytes] = {}
+
+    def change(number: int, request: Message, reply: Message) -> Message | None:
+        header, _ = bundle.unpack(mail.blob(request), 1 << 20)
+        if request.metadata.dst_node_id == 101 and header.get("number") == 2:
+            found["request"] = mail.blob(request)
+            return None
+        if request.metadata.dst_node_id == 101 and header.get("number") == 3:
+            node = Node(algorithm, own, MODEL, state=tmp_path / "states")
+            found["reply"] = node.answer(found["request"], 1, NODES)
+        return reply
+
+    got = federated(algorithm, tmp_path, change, cohort=0)
+    want = simulated(algorithm, cohort=None, availability=Lost(lost_of(got)))
+    assert {number for number, _ in lost_of(got)} == {2}
+    assert equal(tree.flatten(got.eta), tree.flatten(want.eta))
+    (states,) = (tmp_path / "states").iterdir()
+    states_of_the_last_accepted(states, got.history, want.store)
+    header, _ = bundle.unpack(found["reply"], 1 << 20)
+    assert all("round 2 is over for client" in entry["reason"] for entry in header["clients"])
+
+
 def test_a_federation_does_not_look_at_the_wall_clock(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """It jumps ahead by more than the deadline at every look, and nobody is late."""
     ticks = itertools.count(time.time(), 86400.0)
@@ -60,6 +86,19 @@ def test_a_federation_does_not_look_at_the_wall_clock(tmp_path: Path, monkeypatc
         got = fp.run(FEDAVG, MODEL, roster, rounds=ROUNDS, engine=engine, cohort=COHORT)
     assert equal(tree.flatten(got.eta), tree.flatten(want.eta)) and not lost_of(got)
     assert all(0 <= r.seconds < 30 for r in got.history)
+
+
+def test_a_node_trains_its_own_clients_alone() -> None:
+    """It has all of the federation's, and is asked for 0, 1 and 4; of its own, its data give 7 for 4."""
+    clients = {c.index: c for c in CLIENTS} | {4: replace(CLIENTS[4], index=7)}
+    head = {"ask": "round", "run": "r", "seed": 0, "rounds": 2, "cohort": 2, "number": 1, "population": 7}
+    head |= {"noise": None, "clip": 0.0, "clients": [[i, 0] for i in (0, 1, 4)]}
+    down = wire.encode_eta(FEDAVG, FEDAVG.start({k: v.detach() for k, v in MODEL.named_parameters()})[0])
+    reply, payloads = bundle.unpack(Node(FEDAVG, clients, MODEL).answer(bundle.pack(head, [down]), 1, NODES), 1 << 20)
+    stranger, own_client, odd = reply["clients"]
+    assert "client 0 does not live on the node of partition 1 of 3" in stranger["reason"]
+    assert "the data give client 7 for client 4" in odd["reason"]
+    assert own_client["status"] == "ok" and [len(p) > 0 for p in payloads] == [False, True, False]
 
 
 def mutated(data: bytes, name: str, k: int) -> bytes:

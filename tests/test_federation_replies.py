@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 import fedprior as fp
-from cases import equal
+from cases import equal, without_seconds
 from fedprior import checkpoint, tree
 
 pytest.importorskip("flwr", reason="federations need flwr, in an environment of its own: make test-flower")
@@ -19,7 +19,7 @@ from flwr.app import Array, ArrayRecord, ConfigRecord, Error, Message, RecordDic
 
 from fedprior.federation import bundle
 from fedprior_node import mail
-from grid import CLIENTS, NODES, federated, own, simulated
+from grid import CLIENTS, NODES, LocalGrid, federated, own, simulated
 
 FEDAVG = fp.fedavg(0.1)
 
@@ -125,6 +125,19 @@ def test_a_broken_reply_is_dropped_and_reported_and_the_round_goes_on(case: str,
     want = simulated(FEDAVG, cohort=None, availability=Dropping(*(c.index for c in lost)))
     assert equal(tree.flatten(got.eta), tree.flatten(want.eta))
     assert [len(r.lost()) > 0 for r in got.history] == [False, True, False, False]
+
+
+def test_a_message_that_comes_again_and_again_counts_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Twice in one look, and at every later one: bits, bytes and records are those of the simulation, at once."""
+
+    def pull(self: LocalGrid, message_ids: Any) -> list[Any]:
+        return [self.box[i] for i in message_ids if i in self.box for _ in range(2)]
+
+    monkeypatch.setattr(LocalGrid, "pull_messages", pull)
+    got, want = federated(FEDAVG, tmp_path, rounds=2, seconds=15.0), simulated(FEDAVG, rounds=2)
+    assert equal(tree.flatten(got.eta), tree.flatten(want.eta))
+    assert without_seconds(got.history) == without_seconds(want.history)
+    assert max(r.seconds for r in got.history) < 15
 
 
 def test_ids_that_were_not_asked_for_are_reported(tmp_path: Path) -> None:

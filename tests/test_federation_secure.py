@@ -168,6 +168,25 @@ def test_a_message_of_the_wrong_length_loses_its_client_alone(stage: str, tmp_pa
     assert equal(tree.flatten(got.eta), tree.flatten(want.eta))
 
 
+@pytest.mark.parametrize("stage", secure_node.STAGES)
+def test_a_client_that_was_not_asked_for_counts_at_no_stage(stage: str, tmp_path: Path) -> None:
+    """Node 1 answers for client 0 of node 0 as well; where vectors are sent, the records say so."""
+
+    def change(number: int, request: Message, reply: Message) -> Message:
+        header, parts = bundle.unpack(mail.blob(reply), 1 << 20)
+        if request_of(request)["ask"] != stage or request.metadata.dst_node_id != 101:
+            return reply
+        header["clients"].append({**header["clients"][0], "client": 0})
+        return mail.reply(request, bundle.pack(header, [*parts, parts[0]]))
+
+    got, want = federated(SECURE, tmp_path, change, rounds=1), simulated(SECURE, rounds=1)
+    assert equal(tree.flatten(got.eta), tree.flatten(want.eta))
+    strange = [(c.index, c.client, c.status) for c in got.history[0].lost()]
+    assert strange == ([(-1, "node of partition 1", "rejected")] if stage == "masked" else [])
+    rows = [c for c in without_seconds(got.history)[0].clients if c.index >= 0]
+    assert rows == list(hidden(want.history)[0].clients)
+
+
 def recorded(folder: Path, **fields: Any) -> tuple[fp.Result, dict[int, np.ndarray], list[bytes]]:
     """A run, the words of its first round that the server got by client, and all of the replies' bytes."""
     seen: dict[int, np.ndarray] = {}

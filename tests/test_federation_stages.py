@@ -87,6 +87,20 @@ def test_a_round_that_is_run_again_is_revealed_for_the_same_clients_or_not_at_al
     assert not ask("reveal", secure.request(ask.ids, ask.ids))[0]
 
 
+def test_a_request_of_an_earlier_round_ends_no_later_one(tmp_path: Path) -> None:
+    """A SuperNode that was stopped finds it. Between two rounds 2 it would let the second be revealed for others."""
+    ask = Asked(tmp_path)
+    for revealed in (False, True):
+        ask.head["number"] = 2
+        boxes = ask.shared()
+        assert "round 1 is over: round 2 has begun" in ask("keys", number=1)[0][0]
+        assert not ask("masked", ask.down(), *boxes)[0]
+        if not revealed:
+            assert not ask("reveal", secure.request(ask.ids, ask.ids[:8]), ids=range(8))[0]
+            assert "round 1 is over" in ask("keys", number=1)[0][0]
+    assert "asked twice for reveal" in ask("reveal", secure.request(ask.ids, ask.ids))[0][0]
+
+
 def test_what_a_node_refuses(tmp_path: Path) -> None:
     ask = Asked(tmp_path)
     assert "has not begun" in ask("shares", b"")[0][0]

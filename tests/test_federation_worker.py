@@ -109,6 +109,32 @@ def test_a_worker_that_is_killed_changes_no_bit(task: Path, monkeypatch) -> None
     assert asked == 6 and len((task / "pids").read_text().split()) == 3
 
 
+DYING = """
+import os, signal
+if os.path.getsize({deaths!r}) < {times}:
+    with open({deaths!r}, "a") as deaths:
+        print(end="x", file=deaths)
+    os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+@pytest.mark.parametrize("times", [1, 2])
+def test_a_worker_that_is_killed_while_it_starts_is_started_once_more(times: int, task: Path, monkeypatch) -> None:
+    monkeypatch.setattr(os, "getppid", os.getpid)
+    (task / "deaths").touch()
+    text = DYING.format(deaths=str(task / "deaths"), times=times) + (task / "a_task.py").read_text()
+    (task / "a_task.py").write_text(text)
+    grid = LocalGrid(resident_app("a_task:node"), 1)
+    engine, roster = GridEngine(grid, 1, seconds=60), Roster(len(CLIENTS), CLIENTS[0].train)
+    if times == 2:
+        with pytest.raises(EOFError, match="killed by signal 9 while it started"):
+            fp.run(FEDAVG, MODEL, roster, rounds=1, engine=engine)
+        return
+    got = fp.run(FEDAVG, MODEL, roster, rounds=1, engine=engine)
+    os.kill(int((task / "pids").read_text().split()[-1]), signal.SIGKILL)
+    assert not got.history[0].lost()
+
+
 def test_a_worker_that_cannot_start_says_why(task: Path) -> None:
     for name, reason in (("a_task:nothing", "must return a fedprior.federation.Node"), ("no_task:node", "no_task")):
         with pytest.raises(RuntimeError, match=rf"(?s)ended with code 1.*{reason}"):

@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 
@@ -17,7 +16,6 @@ from fedprior.codecs import schema_of
 from fedprior.engines.stacked import Stacked
 from fedprior.layer import Setting
 from fedprior.privacy import Privacy, SecureSum, clipping, shamir
-from fedprior.privacy.central import Central
 from fedprior.privacy.sealed import Sealed
 from fedprior.records import ClientRecord
 from fedprior.rng import generator
@@ -175,46 +173,6 @@ def test_the_noise_has_its_deviation(secure: Any, more: float, quantile: float |
     moved = tree.map(lambda a, b: a - b.detach(), result.params, dict(model.named_parameters()))
     noise = torch.cat([v.flatten() for v in moved.values()]).double()
     assert float(noise.std()) == pytest.approx(more * privacy.noise / 9, rel=4 / (2 * len(noise)) ** 0.5)
-
-
-def canary_scores(privacy: Privacy, sign: float, trials: int) -> np.ndarray:
-    """What the noisy sums say of one client, who says `sign` times more than may be said, in its own direction."""
-    algorithm = replace(PLAIN, privacy=privacy)
-    eta, _ = algorithm.start({k: v.detach() for k, v in MODEL.named_parameters()})
-    start = algorithm.message(eta, algorithm.inference.start(algorithm.prior, eta))
-    known, schema = wire.flat(start), schema_of(wire.flat(start))
-    direction = {k: torch.ones_like(v) for k, v in known.items()}
-    stats = wire.unflat({k: v + sign * direction[k] for k, v in known.items()}, 1.0)
-    scores = []
-    for seed in range(trials):
-        central = Central(algorithm, privacy, privacy.clip, schema, seed, 1)
-        done = central.finish(eta, central.receive(eta, stats, "canary"), [record(0)])
-        assert done.total is not None
-        moved = {k: v - privacy.cohort * known[k] for k, v in wire.flat(done.total).items()}
-        scores.append(float(sum(v.double().sum() for v in moved.values())))
-    return np.array(scores) / sum(v.numel() for v in known.values()) ** 0.5
-
-
-def found_too_often(there: np.ndarray, absent: np.ndarray, epsilon: float, delta: float) -> bool:
-    """true positives > e^eps false positives + delta at some threshold, beyond four standard errors."""
-    for threshold in np.linspace(-6, 6, 25):
-        found, false = (there > threshold).mean(), (absent > threshold).mean()
-        errors = [4 * (p * (1 - p) / len(there)) ** 0.5 + 4 / len(there) for p in (found, false)]
-        if found - errors[0] > np.exp(epsilon) * (false + errors[1]) + delta:
-            return True
-    return False
-
-
-def test_a_canary_is_not_found_more_often_than_epsilon_allows() -> None:
-    """Neighbours say +C and -C, the worst there is; with a tenth of the noise the same audit finds the canary."""
-    trials = 400
-    privacy = Privacy(noise_multiplier=3.0, delta=0.01).planned(1, 9, 9)
-    there, absent = canary_scores(privacy, 1.0, trials), canary_scores(privacy, -1.0, 2 * trials)[trials:]
-    assert not found_too_often(there, absent, privacy.epsilon(1), privacy.delta)
-    assert there.mean() - absent.mean() == pytest.approx(2 * privacy.clip, abs=4 * 3.0 * (2 / trials) ** 0.5)
-    less = Privacy(noise_multiplier=0.3, delta=0.01).planned(1, 9, 9)
-    there, absent = canary_scores(less, 1.0, trials), canary_scores(less, -1.0, 2 * trials)[trials:]
-    assert found_too_often(there, absent, privacy.epsilon(1), privacy.delta)
 
 
 ROWS = torch.randn(10, 7, generator=generator(0, "rows"), dtype=torch.float64)

@@ -90,6 +90,24 @@ def test_a_rule_is_what_a_loop_says_for_any_number_of_clients(
             assert len(why) == clients
 
 
+REFUSED: dict[str, Callable[[], robust.Rule]] = {
+    "share < 0.5, got 0.5": lambda: robust.TrimmedMean(0.5),
+    "share < 0.5, got -0.1": lambda: robust.TrimmedMean(-0.1),
+    "keep >= 1, got -1 and 1": lambda: robust.Krum(-1),
+    "keep >= 1, got 0 and 0": lambda: robust.Krum(0, 0),
+    "steps >= 1, got 0": lambda: robust.CentredClip(steps=0),
+    "CentredClip needs a finite factor > 0, got 0.0": lambda: robust.CentredClip(0.0),
+    "NormClip needs a finite factor > 0, got inf": lambda: robust.NormClip(float("inf")),
+    "NormBound needs a finite factor > 0, got -1.0": lambda: robust.NormBound(-1.0),
+}
+
+
+@pytest.mark.parametrize("words", REFUSED)
+def test_rules_that_mean_nothing_are_refused(words: str) -> None:
+    with pytest.raises(ValueError, match=words):
+        REFUSED[words]()
+
+
 @pytest.mark.parametrize("attackers", [0, 1, 4])
 def test_krum_refuses_rounds_in_which_liars_may_be_their_own_neighbours(attackers: int) -> None:
     """It needs 2 f + 2 < n."""

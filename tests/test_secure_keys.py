@@ -78,6 +78,27 @@ def test_shares_of_two_thirds_are_needed_on_both_sides(there: int, fits: bool) -
                 done()
 
 
+def test_a_server_does_not_unmask_a_sum_of_too_few() -> None:
+    """However many answer; clients would not, but this is not left to them."""
+    asked, answer = secure.request(range(COUNT), range(LEAST - 1)), bytes(shamir.SHARE_BYTES * COUNT)
+    with pytest.raises(SecureError, match=f"{LEAST - 1} clients are left, and {LEAST} are needed"):
+        secure.unmask(ROSTER, asked, dict.fromkeys(range(COUNT), answer), np.zeros(3, "<u4"))
+
+
+@pytest.mark.parametrize("stranger", [0, COUNT])
+def test_shares_from_itself_or_from_nobody_are_refused(stranger: int) -> None:
+    box = secure.deliver(ROSTER, SENT)[0]
+    secure.receive(STATES[0], box)
+    with pytest.raises(SecureError, match=rf"shares from \[{stranger}\], who are not in the roster"):
+        secure.receive(STATES[0], box + masks.INDEX.pack(stranger) + masks.entries(box)[1])
+
+
+def test_a_client_whose_vector_did_not_arrive_has_no_say() -> None:
+    asked, answer = secure.request(range(COUNT), range(LEAST)), bytes(shamir.SHARE_BYTES * COUNT)
+    with pytest.raises(SecureError, match=rf"replies of \[{LEAST}\] do not fit"):
+        secure.unmask(ROSTER, asked, dict.fromkeys(range(LEAST + 1), answer), np.zeros(3, "<u4"))
+
+
 @pytest.mark.parametrize("threshold", [2, 3, 6])
 def test_one_share_too_few_gives_another_secret(threshold: int) -> None:
     """The polynomial has the whole degree, threshold - 1."""
@@ -87,6 +108,13 @@ def test_one_share_too_few_gives_another_secret(threshold: int) -> None:
     few = {x: shares[x - 1] for x in range(1, threshold)}
     assert shamir.join(few | {7: shares[6]}, threshold) == value
     assert shamir.join(few, threshold - 1) != value
+
+
+@pytest.mark.parametrize("points", [[0, 1, 2], [-1, 1, 2], [1, 2, 2], [1]])
+def test_points_that_make_no_shares_are_refused(points: list[int]) -> None:
+    """A share at 0 is the secret itself, and two at one point are one."""
+    with pytest.raises(ValueError, match="different points > 0"):
+        shamir.split(bytes(32), points, 2, bytes(48))
 
 
 def test_what_is_no_secret_of_32_bytes_is_refused() -> None:

@@ -14,8 +14,9 @@ import fedprior as fp
 from cases import classification_clients, close, equal, without_seconds
 from fedprior import Client, engines, tree
 from fedprior.core import Params
-from fedprior.privacy import Privacy, SecureSum, shamir
+from fedprior.privacy import Privacy, SecureSum, secure, shamir
 from fedprior.privacy.masks import KEYS_BYTES
+from fedprior.privacy.parties import Simulated
 
 CLIENTS = classification_clients((8, 9, 14, 7, 6, 11, 20, 5, 9))
 MODEL = fp.models.mlp(4, (6,), 3)
@@ -114,6 +115,24 @@ def test_bytes_are_those_of_the_messages_that_were_sent(monkeypatch: pytest.Monk
     assert clients[1].bytes_up == KEYS_BYTES + shares + vector + answer
     eta = go(PLAIN).history[0].clients[1].bytes_down
     assert clients[1].bytes_down == clients[8].bytes_down == roster + box + eta + request
+
+
+def test_each_client_of_each_round_of_each_run_has_secrets_and_noise_of_its_own() -> None:
+    """Or the masks of two rounds would cancel, and their noise as well."""
+    played = [Simulated(seed, number, dict.fromkeys(range(3), "")) for seed in (0, 1) for number in (1, 2)]
+    assert len({secure.advertise(parties.state(i)) for parties in played for i in range(3)}) == 12
+    assert len({parties.noise(i).bytes(16) for parties in played for i in range(3)}) == 12
+    for parties in played:  # a process that only masks derives the same again
+        assert [parties.public().state(i).secret for i in range(3)] == [parties.state(i).secret for i in range(3)]
+
+
+def test_the_least_that_must_stay_are_told_the_keys(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Six of nine: each has a roster of six, the shares of five, and a request about six."""
+    scripted(monkeypatch, {0: "keys", 4: "keys", 8: "keys"})
+    clients = {c.index: c for c in go(SECURE).history[0].clients}
+    index, sealed, eta = 4, 2 * shamir.SHARE_BYTES + 16, go(PLAIN).history[0].clients[1].bytes_down
+    roster, box, request = LEAST * (index + KEYS_BYTES), (LEAST - 1) * (index + sealed), 8 + LEAST * index
+    assert clients[1].bytes_down == roster + box + eta + request
 
 
 def test_a_fleet_that_drops_out_stops_at_all_stages() -> None:

@@ -92,6 +92,10 @@ class DiskStore:
         """Is there a state of any client?"""
         return any(self._versions.values())
 
+    def newest(self, index: int) -> int:
+        """The round of a client's newest state; 0 if it has none."""
+        return max(self._versions.get(index, ()), default=0)
+
     def load(self, index: int) -> Params | None:
         """The newest state."""
         versions = self._versions.get(index)

@@ -120,8 +120,10 @@ def _start(task: str, path: Path, supernode: int) -> socket.socket:
     with log.open("wb") as output:
         process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=output, stderr=output, env=environment)
     while (connection := _connect(path)) is None:
-        if process.poll() is not None:
-            raise RuntimeError(f"the worker ended with code {process.returncode}: {log.read_text()[-3000:]}")
+        if (code := process.poll()) is not None:
+            if code < 0:
+                raise EOFError(f"the worker was killed by signal {-code} while it started")
+            raise RuntimeError(f"the worker ended with code {code}: {log.read_text()[-3000:]}")
         time.sleep(0.02)
     _started.append(process)
     return connection

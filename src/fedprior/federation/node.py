@@ -119,7 +119,8 @@ class Node:
     ) -> bytes:
         """The reply to a request to train; `session` masks the uploads."""
         clients = self._clients(partition, partitions)
-        store = NodeStore(Path(self.state).expanduser() / run_key(header["run"]), dict(header["clients"]))
+        folder = Path(self.state).expanduser() / run_key(header["run"])
+        store = NodeStore(folder, header["number"], dict(header["clients"]))
         entries, payloads, work = [], [], None
         for place, (index, _) in enumerate(header["clients"]):
             down = parts[place % len(parts)]  # one for all, or one each
@@ -180,9 +181,10 @@ class Node:
 
 @dataclass
 class NodeStore:
-    """The states of one run's clients; `last` is the round of each client's last accepted upload."""
+    """The states of one run's clients in round `number`; `last` is the round of each client's last accepted upload."""
 
     folder: Path
+    number: int
     last: Mapping[int, int]
 
     def holds_any(self) -> bool:
@@ -194,10 +196,16 @@ class NodeStore:
         return DiskStore(folder) if folder.exists() else None
 
     def load(self, index: int) -> Params | None:
-        """The state after the last accepted upload; what came after it is forgotten."""
+        """The state after the last accepted upload; what came after it is forgotten.
+
+        A ValueError for a request that comes after a later one, as when a SuperNode had stopped: it does not know
+        which upload was the last.
+        """
         store = self._of(index)
         if store is None:
             return None
+        if (newest := store.newest(index)) > self.number:
+            raise ValueError(f"round {self.number} is over for client {index}, whose state is of round {newest}")
         store.rollback(self.last[index])
         return store.load(index)
 

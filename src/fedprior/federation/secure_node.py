@@ -173,7 +173,12 @@ def _digest(header: dict[str, Any], parts: Sequence[bytes]) -> str:
 
 
 def _begun(path: Path, header: dict[str, Any], indices: Sequence[int], old: Session | None) -> Session:
-    """A new session, with fresh secrets; of a round that was revealed before, it remembers for whom."""
+    """A new session, with fresh secrets; of a round that was revealed before, it remembers for whom.
+
+    A SecureError for a round before the last one: what was revealed in that is known of the last session alone.
+    """
+    if old is not None and old.number > header["number"]:
+        raise SecureError(f"round {header['number']} is over: round {old.number} has begun")
     session = Session(path, header["number"], header["cohort"], {i: os.urandom(32) for i in indices})
     session.key = os.urandom(32)
     if old is not None and old.number == session.number and "reveal" in old.asked:
