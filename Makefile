@@ -5,7 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 WORKERS ?= 2
 DEMO ?= demo
-FAULT_TESTS := tests/test_faults.py tests/test_secure_faults.py tests/test_audit.py tests/test_leaks.py
+FAULT_TESTS := $(addprefix tests/,test_faults.py test_secure_faults.py test_audit.py test_leaks.py test_torchrun_killed.py)
 FLOWER_TESTS := $(wildcard tests/test_federation*.py) $(wildcard tests/test_deployed*.py)
 
 .PHONY: install demo test test-all test-demo test-faults test-flower check format docs clean
