@@ -29,8 +29,8 @@ from torch import Tensor
 from fedprior import posteriors
 from fedprior.core import Client, Eta, Params
 from fedprior.inference.ascent import Epochs
-from fedprior.inference.langevin import walk
 from fedprior.inference.point import Point
+from fedprior.inference.walk import walk
 from fedprior.objective import Objective
 from fedprior.priors.parts import take
 
