@@ -127,6 +127,8 @@ PRIORS = [
     Case("niw", priors.NIW(0.5, 2.0, 4.0, 0.125), PLAIN, point),
     Case("niw-diagonal", priors.NIW(spread=0.0), PLAIN, diagonal),
     Case("learned-scale-of-the-library", priors.LearnedScale(1e-9), PLAIN, diagonal),
+    Case("random-effects", priors.RandomEffects(floor=1e-9), PLAIN, point, e_step=inference.Chain(0.1)),
+    Case("random-effects-diagonal", priors.RandomEffects(floor=1e-9), PLAIN, diagonal, e_step=inference.Chain(0.1)),
     Case("laplace", priors.ScaleMixture("laplace"), PLAIN, scaled, e_step=inference.Reweighted(0.1)),
     Case("horseshoe", priors.ScaleMixture("horseshoe"), PLAIN, scaled, e_step=inference.Reweighted(0.1)),
     Case(

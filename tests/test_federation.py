@@ -30,6 +30,7 @@ ALGORITHMS = [
     replace(fp.fedsparse(0.1, lambda_0=0.3, gate_lr=0.4), name="fedsparse-gated"),
     fp.fedsparsemixture(0.1, density=0.5),
     fp.pfedvem(0.1),
+    fp.fedpop(0.1, epochs=3, burn_in=1),
     fp.fedper(0.1),
     replace(fp.topk(0.1, 0.2), prior=fp.fedper(0.1).prior, name="fedper-topk"),
 ]

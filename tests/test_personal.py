@@ -45,10 +45,13 @@ ALL = [
     fp.pfedbred(0.1),
     fp.fedppd(0.1),
     fp.pfedvem(0.1),
+    fp.fedpop(0.1, epochs=4, burn_in=2),
 ]
 WIRED = [
     replace(fp.fedper(0.1), codec=Sparse("int8", "zlib"), downlink=Dense(), delta=True, name="fedper-int8"),
     replace(fp.topk(0.1, 0.2), prior=SPLIT[0][0].prior, name="fedper-topk"),
+    replace(ALL[-1], codec=Sparse("int8", "zlib"), downlink=Dense(), delta=True, name="fedpop-int8"),
+    replace(ALL[-1], server=fp.server.Adam(0.05), codec=Dense("bfloat16"), name="fedpop-adam"),
     replace(fp.fedrep(0.1), server=fp.server.Adam(0.05), codec=Dense("bfloat16"), name="fedrep-adam"),
 ]
 

@@ -43,6 +43,7 @@ ALGORITHMS = [
     fp.fedsparse(0.1, lambda_0=0.3, gate_lr=0.4),
     fp.fedsparsemixture(0.1, density=0.5),
     fp.pfedvem(0.1),
+    fp.fedpop(0.1, epochs=3, burn_in=1),
     replace(fp.topk(0.1, 0.5), name="topk: personal residuals"),
     fp.Algorithm(priors.Gaussian(0.1), Counting(inference.Point(0.1)), delta=True, name="counting"),
 ]

@@ -193,6 +193,28 @@ class Confident:
 
 
 @dataclass(frozen=True)
+class Samples:
+    """Equally likely values of some parameters, and a point in the others.
+
+    Attributes:
+        phi: the point, shapes as the parameters; of the sampled ones, the last sample.
+        samples: values of those that are sampled, one Params a sample; at least one.
+    """
+
+    phi: Params
+    samples: tuple[Params, ...]
+
+    def mean(self) -> Params:
+        """E[phi]."""
+        return self.phi | tree.map(lambda *v: torch.stack(v).mean(0), *self.samples)
+
+    def second_moment(self) -> Params:
+        """E[phi^2], elementwise."""
+        squares = (tree.map(torch.square, sample) for sample in self.samples)
+        return tree.map(torch.square, self.phi) | tree.map(lambda *v: torch.stack(v).mean(0), *squares)
+
+
+@dataclass(frozen=True)
 class Site:
     """The change of a client's Gaussian factor, in natural parameters.
 

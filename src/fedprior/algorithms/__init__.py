@@ -21,14 +21,14 @@ from fedprior.algorithms.bayesian import (
 )
 from fedprior.algorithms.distilled import apqn, decoupled, fedppd, kure, mqat, pfedbred
 from fedprior.algorithms.mixtures import fedem, fedhbmixture, fedsparsemixture, ifca
-from fedprior.algorithms.personal import ditto, fedbn, fedper, fedrep, local, pfedbayes, pfedme, pfedvem
+from fedprior.algorithms.personal import ditto, fedbn, fedper, fedpop, fedrep, local, pfedbayes, pfedme, pfedvem
 from fedprior.algorithms.rules import fednsl
 from fedprior.algorithms.smaller import feddropout, fedsparse, grouplasso, topk
 
 _AVERAGING = (fedavg, fedprox, fedavgm, fedadagrad, fedadam, fedyogi)
 _SMALLER = (fedsparse, feddropout, grouplasso, topk)
 _BAYESIAN = (scaffold, feddyn, fola, fedhb, learnedscale, laplace, horseshoe, fedpa, pvi, fedep, fedsep)
-_PERSONAL = (local, fedper, fedrep, fedbn, pfedme, ditto, pfedbayes, pfedvem)
+_PERSONAL = (local, fedper, fedrep, fedbn, pfedme, ditto, pfedbayes, pfedvem, fedpop)
 _DISTILLED = (pfedbred, fedppd, kure, apqn, mqat, decoupled)
 _MIXTURES = (fedem, ifca, fedhbmixture, fedsparsemixture)
 _RULES = (fednsl,)
@@ -55,6 +55,7 @@ __all__ = [
     "fednsl",
     "fedpa",
     "fedper",
+    "fedpop",
     "fedppd",
     "fedprox",
     "fedrep",

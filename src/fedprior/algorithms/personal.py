@@ -25,7 +25,9 @@ def fedper(
     `personal` are the names that stay, as globs with commas between; "@head" is the last layer, "@norm" all
     normalisation layers (priors.Split).
     """
-    return Algorithm(_split(personal), inference.Point(lr, epochs, batch_size), weighting=weighting, name="fedper")
+    return Algorithm(
+        _split(personal, priors.Personal()), inference.Point(lr, epochs, batch_size), weighting=weighting, name="fedper"
+    )
 
 
 def fedrep(
@@ -42,7 +44,7 @@ def fedrep(
     """
     own = inference.Point(lr, personal_epochs, batch_size)
     e_step = inference.Alternating(own, inference.Point(lr, epochs, batch_size))
-    return Algorithm(_split(personal), e_step, weighting=weighting, name="fedrep")
+    return Algorithm(_split(personal, priors.Personal()), e_step, weighting=weighting, name="fedrep")
 
 
 def fedbn(
@@ -56,7 +58,9 @@ def fedbn(
 
     `personal` is as in fedper.
     """
-    return Algorithm(_split(personal), inference.Point(lr, epochs, batch_size), weighting=weighting, name="fedbn")
+    return Algorithm(
+        _split(personal, priors.Personal()), inference.Point(lr, epochs, batch_size), weighting=weighting, name="fedbn"
+    )
 
 
 def pfedme(
@@ -74,8 +78,7 @@ def pfedme(
     The paper's lambda is `strength`, its eta `outer_lr`, its K `steps`, its beta `server_rate` (inference.Moreau).
     """
     e_step = inference.Moreau(lr, strength, outer_lr, steps, epochs, batch_size)
-    step = server.Exact() if server_rate == 1 else server.Damped(server_rate)
-    return Algorithm(priors.Gaussian(), e_step, step, weighting=weighting, name="pfedme")
+    return Algorithm(priors.Gaussian(), e_step, _damped(server_rate), weighting=weighting, name="pfedme")
 
 
 def ditto(
@@ -133,7 +136,34 @@ def pfedvem(
     return Algorithm(priors.Confidence(rho, head), e_step, weighting=weighting, name="pfedvem")
 
 
-def _split(personal: str) -> priors.Split:
-    """What stays with the clients, and FedAvg for the rest."""
-    own = {pattern.strip(): priors.Personal() for pattern in personal.split(",")}
-    return priors.Split({**own, "*": priors.Gaussian()})
+def fedpop(
+    lr: float = 0.05,
+    sigma: float = 0.1,
+    head: str = "@head",
+    epochs: int = 10,
+    burn_in: int = 5,
+    batch_size: int | None = 20,
+    server_rate: float = 1.0,
+    weighting: Weighting = "uniform",
+) -> Algorithm:
+    """Kotelevskii et al. 2022, arXiv:2206.03611: clients sample heads of their own, of one learned population.
+
+    `sigma` is the population's width before round one; `head` as `personal` in fedper, each pattern with a width of its
+    own; `epochs` are those of the chain, `burn_in` included; a `server_rate` below 1 averages statistics over rounds
+    (priors.RandomEffects, inference.Chain). One vote a client: they are the population.
+    """
+    e_step = inference.Chain(lr, epochs, batch_size, burn_in)
+    return Algorithm(
+        _split(head, priors.RandomEffects(sigma)), e_step, _damped(server_rate), weighting=weighting, name="fedpop"
+    )
+
+
+def _split(names: str, own: priors.Personal | priors.RandomEffects) -> priors.Split:
+    """A prior for what is the clients' own, and FedAvg for the rest."""
+    parts = {pattern.strip(): own for pattern in names.split(",")}
+    return priors.Split({**parts, "*": priors.Gaussian()})
+
+
+def _damped(rate: float) -> server.Exact | server.Damped:
+    """How far the server goes towards the exact M-step."""
+    return server.Exact() if rate == 1 else server.Damped(rate)

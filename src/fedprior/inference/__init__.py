@@ -4,6 +4,7 @@ from fedprior.inference.alternating import Alternating
 from fedprior.inference.averaged import Averaged
 from fedprior.inference.bregman import Bregman
 from fedprior.inference.centres import Centres
+from fedprior.inference.chain import Chain
 from fedprior.inference.confidence import Confidence
 from fedprior.inference.ditto import Ditto
 from fedprior.inference.gains import Gains
@@ -25,6 +26,7 @@ __all__ = [
     "Averaged",
     "Bregman",
     "Centres",
+    "Chain",
     "Confidence",
     "Ditto",
     "Gains",

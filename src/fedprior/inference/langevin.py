@@ -25,7 +25,8 @@ from torch import Tensor
 
 from fedprior import posteriors
 from fedprior.core import Client, Eta, Params
-from fedprior.inference.ascent import Descent, ascend, check_steps, detached, leaves
+from fedprior.inference.ascent import Descent, Epochs, ascend, check_steps, detached, leaves
+from fedprior.inference.walk import walk
 from fedprior.objective import Objective
 
 
@@ -84,23 +85,12 @@ class Langevin:
 
     def samples(self, objective: Objective, phi: Params, client: Client, rng: torch.Generator) -> Iterator[Params]:
         """The chain from phi, after each epoch."""
-        phi, trained = leaves(objective, phi)
-        width = math.sqrt(self.temperature * self.lr / len(client.train))
 
-        def bound(x: Tensor, y: Tensor) -> Tensor:
-            size = sum(v.square().sum() for v in trained) if self.decay else 0.0
-            return objective.log_lik(phi, x, y) - 0.5 * self.decay * size
+        def term(phi: Params) -> Tensor | float:
+            return -0.5 * self.decay * sum(phi[k].square().sum() for k in objective.trainable) if self.decay else 0.0
 
-        @torch.no_grad()
-        def shake() -> None:
-            for v in trained:
-                v.add_(torch.randn(v.shape, generator=rng, dtype=v.dtype).to(v.device), alpha=width)
-
-        optimizers = [Descent(trained, self.lr / 2)]
-        for _ in range(self.epochs):
-            objective.train()
-            ascend(bound, client.train, optimizers, 1, self.batch_size, rng, shake, objective.smallest_batch)
-            yield detached(phi)
+        how = Epochs(self.lr / 2, self.epochs, self.batch_size)
+        return walk(how, objective, phi, term, client, rng, temperature=self.temperature)
 
     def _learn(
         self,

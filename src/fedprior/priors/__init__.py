@@ -13,6 +13,7 @@ from fedprior.priors.mixture import Mixture
 from fedprior.priors.niw import NIW
 from fedprior.priors.online_laplace import OnlineLaplace
 from fedprior.priors.personal import Personal
+from fedprior.priors.random_effects import RandomEffects
 from fedprior.priors.rules import Rules
 from fedprior.priors.scaffold import Scaffold
 from fedprior.priors.scale_mixture import ScaleMixture
@@ -36,6 +37,7 @@ __all__ = [
     "Mixture",
     "OnlineLaplace",
     "Personal",
+    "RandomEffects",
     "Rules",
     "Scaffold",
     "ScaleMixture",

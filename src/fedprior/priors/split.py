@@ -121,6 +121,11 @@ class Split:
         keepers = [(prior, own) for prior, own in self._over(q.mean()) if hasattr(prior, "kept")]
         return {name: value for prior, own in keepers for name, value in prior.kept(PartOf(q, own)).items()}
 
+    def effects(self, phi: Params) -> Params:
+        """What is a client's own and has a law (inference.Chain)."""
+        parts = [(prior, own) for prior, own in self._over(phi) if hasattr(prior, "effects")]
+        return {name: value for prior, own in parts for name, value in prior.effects(take(phi, own)).items()}
+
     def log_prob(self, eta: Eta, t: Stats) -> Tensor:
         """The parts' sum."""
         parts = zip(self.parts.values(), part_etas(eta), strict=True)
