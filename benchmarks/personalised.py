@@ -57,6 +57,7 @@ CONSTANTS: dict[str, tuple[str, Any, Any]] = {
     "ditto": ("strength", 0.1, 10.0),
     "pfedbayes": ("zeta", 0.1, 0.01),
     "pfedvem": ("rho", 0.1, 1.0),
+    "fedpop": ("sigma", 0.05, 0.3),
     "feddyn": ("alpha", 0.03, 0.3),
     "fola": ("pull", 0.1, 10.0),
     "fedhb": ("scale", 10.0, 100.0),
