@@ -4,14 +4,16 @@
 
 A network of one hidden layer, clients that are made when they are asked for, 20 examples and one step each; no
 evaluation. Every point is a process of its own; seconds are the median of its rounds after the first three, memory is
-the most that the process, without its children, ever held. A client's time and a round's are the slope and the
-intercept of a straight line through the points of the first table.
+the most that the process ever held, "+" what its workers held beside it: the most that each ever held, without the
+pages that it shares with the process or with other workers when the last round is over (Linux only). A client's time
+and a round's are the slope and the intercept of a straight line through the points of the first table.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import multiprocessing
 import resource
 import statistics
 import subprocess
@@ -45,8 +47,15 @@ def client(index: int) -> fp.Client:
 
 
 def one(engine: str, cohort: int, population: int, hidden: int, rounds: int) -> dict[str, float]:
-    """Milliseconds a round and megabytes."""
+    """Milliseconds a round, and megabytes of the process and of its workers."""
     torch.set_num_threads(1)
+    beside = 0.0
+
+    def look(record: fp.Round) -> None:
+        nonlocal beside
+        if record.number == rounds:
+            beside = sum(own_memory(worker.pid) for worker in multiprocessing.active_children())
+
     result = fp.run(
         fp.fedavg(lr=0.05),
         fp.models.mlp(FEATURES, (hidden,), CLASSES),
@@ -55,9 +64,23 @@ def one(engine: str, cohort: int, population: int, hidden: int, rounds: int) -> 
         cohort=cohort,
         engine=ENGINES[engine](),
         progress=False,
+        on_round=look,
     )
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-    return {"ms": 1000 * statistics.median(r.seconds for r in result.history[3:]), "mb": peak}
+    return {"ms": 1000 * statistics.median(r.seconds for r in result.history[3:]), "mb": peak, "beside": beside}
+
+
+def own_memory(pid: int | None) -> float:
+    """Megabytes that a living process held at its peak, without those that it shares with others now."""
+    peak = fields(f"/proc/{pid}/status")["VmHWM"]
+    now = fields(f"/proc/{pid}/smaps_rollup")
+    return (peak - now["Shared_Clean"] - now["Shared_Dirty"]) / 1024
+
+
+def fields(path: str) -> dict[str, int]:
+    """The lines of a file of /proc that are in kB."""
+    lines = [line.split() for line in Path(path).read_text().splitlines() if line.endswith(" kB")]
+    return {words[0].rstrip(":"): int(words[1]) for words in lines}
 
 
 def apart(engine: str, cohort: int, population: int, hidden: int, rounds: int) -> dict[str, float]:
@@ -72,9 +95,14 @@ def table(title: str, what: str, points: dict[str, dict[int, dict[str, float]]])
     head = " | ".join(f"{e}, ms | {e}, MB" for e in points)
     lines = [f"## {title}", "", f"| {what} | {head} |", "|---" * (1 + 2 * len(points)) + "|"]
     for value in next(iter(points.values())):
-        cells = [f"{points[e][value]['ms']:,.1f} | {points[e][value]['mb']:,.0f}" for e in points]
+        cells = [f"{points[e][value]['ms']:,.1f} | {memory(points[e][value])}" for e in points]
         lines.append(f"| {value:,} | {' | '.join(cells)} |")
     return "\n".join([*lines, ""])
+
+
+def memory(point: dict[str, float]) -> str:
+    """Of the process, and of its workers if it has any."""
+    return f"{point['mb']:,.0f}" + (f" + {point['beside']:,.0f}" if point["beside"] else "")
 
 
 def main() -> None:

@@ -176,8 +176,8 @@ def _spread(ctx: Any, of_patches: Tensor) -> Tensor:
 
 
 def _gru(layer: nn.GRU, x: Any, h: Tensor | None = None) -> Any:
-    """What nn.GRU.forward gives; other uses than of a batch of sequences from zero are left to it."""
-    if h is not None or not isinstance(x, Tensor) or x.dim() != 3 or not x.is_cpu:
+    """What nn.GRU.forward gives; what trains no batch of sequences from zero is left to it."""
+    if h is not None or not isinstance(x, Tensor) or x.dim() != 3 or not x.is_cpu or not torch.is_grad_enabled():
         return nn.GRU.forward(layer, x, h)
     steps = x.transpose(0, 1) if layer.batch_first else x
     weights: list[Any] = [getattr(layer, name) for name in ("weight_ih_l0", "weight_hh_l0", "bias_ih_l0", "bias_hh_l0")]

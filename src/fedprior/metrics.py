@@ -9,11 +9,13 @@ Confidence is the probability of the class that is predicted. Guo et al. 2017, a
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from fedprior.core import Client, Examples, Params
 from fedprior.objective import Objective
@@ -22,6 +24,9 @@ from fedprior.rng import generator, seeded_globals
 
 Row = dict[str, float | str]
 BINS = 15
+FIRST, MOST, VALUES = 50, 1000, 2**19
+"""Examples of the first batch on a CPU, and of the largest; values of a layer's output that stay near a processor."""
+TOGETHER = 2**20  # values of the inputs of clients that are evaluated in one go: they are copied
 
 
 @dataclass(frozen=True)
@@ -52,7 +57,7 @@ class Sums:
 
 @torch.no_grad()
 def evaluate(
-    objective: Objective, phi: Params | Predictive, data: Examples, batch_size: int = 1000, bins: int = 0
+    objective: Objective, phi: Params | Predictive, data: Examples, batch_size: int | None = None, bins: int = 0
 ) -> Sums:
     """The objective's log-likelihood and scores of `data` under phi, or under the mixture of a Predictive.
 
@@ -60,32 +65,72 @@ def evaluate(
         objective: the model and its loss.
         phi: what to predict with.
         data: at least one example.
-        batch_size: examples at a time.
+        batch_size: examples at a time; if None, so many that what layers give stays near the processor.
         bins: of the calibration error; with 0 neither it nor the Brier score is taken. Only for classes.
     """
     if len(data) == 0:
         raise ValueError("cannot evaluate on no examples")
-    model = phi if isinstance(phi, Predictive) else Predictive.point(phi)
     parts = []
-    for outputs, y in _outputs(objective, model, data, batch_size):
-        values = {"nats": -objective.loss.log_lik(outputs, y)}
-        values |= {name: score(outputs, y) for name, score in objective.loss.scores.items()}
-        binned = None
+    for outputs, y in _outputs(objective, phi, data, batch_size):
+        values, binned = _values(objective, outputs, y), None
         if bins:
             values["brier"], binned = _calibration(_probabilities(objective, outputs), y, bins)
-        parts.append(Sums({k: float(v.double().sum()) for k, v in values.items()}, len(y), binned))
+        parts.append(_summed(values, len(y), binned))
     return sum(parts[1:], parts[0])
 
 
+def _values(objective: Objective, outputs: Tensor, y: Tensor) -> dict[str, Tensor]:
+    """Of each example."""
+    scores = objective.loss.scores.items()
+    return {"nats": -objective.loss.log_lik(outputs, y), **{name: score(outputs, y) for name, score in scores}}
+
+
+def _summed(values: Mapping[str, Tensor], examples: int, bins: Tensor | None = None) -> Sums:
+    return Sums({k: float(v.double().sum()) for k, v in values.items()}, examples, bins)
+
+
 def _outputs(
-    objective: Objective, model: Predictive, data: Examples, batch_size: int
+    objective: Objective, phi: Params | Predictive, data: Examples, batch_size: int | None
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """Outputs and targets of each batch, in evaluation mode."""
+    """Outputs and targets of each batch, in evaluation mode; of the first batch, what layers give is watched."""
     objective.train(False)
+    model = phi if isinstance(phi, Predictive) else Predictive.point(phi)
     device = next(iter(model.models[0].values())).device
+    if device.type == "cpu" and objective.channels_last:
+        model = Predictive(model.weights, tuple(map(_channels_last, model.models)))
+    size = batch_size or (FIRST if device.type == "cpu" else MOST)
+    done, watches = 0, batch_size is None and device.type == "cpu"
     with seeded_globals(generator(0, "evaluate"), device):  # for layers that always draw
-        for x, y in zip(data.x.split(batch_size), data.y.split(batch_size), strict=True):
-            yield objective.predict(model, x.to(device)), y.to(device)
+        while done < len(data):
+            x, y = data.x[done : done + size], data.y[done : done + size]
+            with _watched(objective.model if watches else None) as given:
+                outputs = objective.predict(model, x.to(device))
+            if watches:
+                size, watches = max(1, min(MOST, VALUES * len(x) // max([1, *given]))), False
+            done += len(x)
+            yield outputs, y.to(device)
+
+
+def _channels_last(phi: Params) -> Params:
+    """The same values, and filters as the fastest convolutions want them."""
+    return {k: v.contiguous(memory_format=torch.channels_last) if v.ndim == 4 else v for k, v in phi.items()}
+
+
+@contextmanager
+def _watched(model: nn.Module | None) -> Iterator[list[int]]:
+    """How many values each call of a layer gives."""
+    given: list[int] = []
+
+    def see(layer: nn.Module, inputs: Any, output: Any) -> None:
+        if isinstance(output, Tensor):  # recurrent layers give several, and work on one position at a time
+            given.append(output.numel())
+
+    hooks = [layer.register_forward_hook(see) for layer in (model.modules() if model else ())]
+    try:
+        yield given
+    finally:
+        for hook in hooks:
+            hook.remove()
 
 
 def _probabilities(objective: Objective, outputs: Tensor) -> Tensor:
@@ -111,14 +156,45 @@ def _held_out(client: Client) -> tuple[Examples, str]:
     return (client.train, "training") if held is None or len(held) == 0 else (held, "held_out")
 
 
+@torch.no_grad()
 def evaluate_clients(objective: Objective, phi: Params, clients: Iterable[Client]) -> list[Row]:
-    """One row a client: means over its held-out examples, or over its training examples if it has none."""
+    """One row a client: means over its held-out examples, or over its training examples if it has none.
+
+    Small clients share batches.
+    """
     rows: list[Row] = []
+    for group in _together(clients):
+        sizes = [len(data) for _, data, _ in group]
+        x, y = (_joined([getattr(data, part) for _, data, _ in group]) for part in ("x", "y"))
+        parts = [_values(objective, *outputs) for outputs in _outputs(objective, phi, Examples(x, y), None)]
+        values = {k: torch.cat([part[k] for part in parts]).split(sizes) for k in parts[0]}
+        for place, (client, data, on) in enumerate(group):
+            row: Row = {"client": client.name, "examples": len(data), "on": on}
+            rows.append(row | _summed({k: v[place] for k, v in values.items()}, len(data)).means())
+    return rows
+
+
+def _joined(parts: Sequence[Tensor]) -> Tensor:
+    return torch.cat(list(parts)) if len(parts) > 1 else parts[0]
+
+
+def _together(clients: Iterable[Client]) -> Iterator[list[tuple[Client, Examples, str]]]:
+    """Clients, their examples, and what those are: neighbours of one kind, up to `TOGETHER` values or one client."""
+    group: list[tuple[Client, Examples, str]] = []
+    kind, room = None, 0
     for client in clients:
         data, on = _held_out(client)
-        row: Row = {"client": client.name, "examples": len(data), "on": on}
-        rows.append(row | evaluate(objective, phi, data).means())
-    return rows
+        if len(data) == 0:
+            raise ValueError(f"cannot evaluate client {client.name!r}: it has no examples")
+        own = [(v.shape[1:], v.dtype, v.device) for v in (data.x, data.y)]
+        if group and (own != kind or data.x.numel() > room):
+            yield group
+            group = []
+        room = (room if group else TOGETHER) - data.x.numel()
+        kind = own
+        group.append((client, data, on))
+    if group:
+        yield group
 
 
 def before_and_after(objective: Objective, before: tuple[Objective, Params], after: Predictive, client: Client) -> Row:
@@ -154,10 +230,9 @@ def _spread(values: Tensor, name: str) -> dict[str, float]:
 
 
 @torch.no_grad()
-def entropies(objective: Objective, phi: Params | Predictive, data: Examples, batch_size: int = 1000) -> Tensor:
+def entropies(objective: Objective, phi: Params | Predictive, data: Examples, batch_size: int | None = None) -> Tensor:
     """Entropy of p(y | x) of each example, in nats, (examples,); summed over positions of a sequence."""
-    model = phi if isinstance(phi, Predictive) else Predictive.point(phi)
-    p = [_probabilities(objective, outputs) for outputs, _ in _outputs(objective, model, data, batch_size)]
+    p = [_probabilities(objective, outputs) for outputs, _ in _outputs(objective, phi, data, batch_size)]
     return torch.cat([torch.special.entr(q).reshape(len(q), -1).sum(1) for q in p]).cpu()
 
 

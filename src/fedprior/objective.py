@@ -133,7 +133,10 @@ class Objective:
 
     def predict(self, model: Predictive, x: Tensor) -> Tensor:
         """Outputs of a mixture: log-probabilities for classes, means for regression; of one model as they are."""
-        outputs = [self.outputs(phi, x) for phi in model.models]
+        outputs = []
+        for phi in model.models:
+            with self.holding(phi):
+                outputs.append(self.outputs(phi, x))
         if len(outputs) == 1:
             return outputs[0]
         if self.loss.mix is None:
