@@ -115,7 +115,7 @@ def test_what_does_not_fit_is_refused_before_round_one(tmp_path: Path) -> None:
             fp.run(algorithm, MODEL, roster, rounds=1, engine=GridEngine(grid, nodes, seconds=0.2), **fields)
 
     good = client_app(algorithm, own, MODEL)
-    refused(LocalGrid(good, 2), r"partitions \[2\].*num-partitions=3|of 2, not of 3")
+    refused(LocalGrid(good, 2), r"partitions \[2\].*--partitions 3|of 2, not of 3: nodes=")
     twins = LocalGrid(good, NODES)
     twins.add(150, 1, NODES)
     refused(twins, "another node is partition 1")

@@ -113,9 +113,16 @@ def register(server: Address, keys: Keys = None) -> None:
     """Tell the SuperLink which nodes may join: all node-*.pub of a folder of keys."""
     folder = _secured(keys, False)
     assert folder is not None
+    if not (public := sorted(folder.glob("node-*.pub"))):
+        raise ValueError(f"{folder} has no node-*.pub: register where `fedprior federate keys` wrote them")
     with _connection(server, folder) as home:
-        for path in sorted(folder.glob("node-*.pub")):
-            subprocess.run([_program("flwr"), "supernode", "register", str(path), "server"], env=_env(home), check=True)
+        command = [_program("flwr"), "supernode", "register"]
+        refused = [p.name for p in public if subprocess.run([*command, str(p), "server"], env=_env(home)).returncode]
+    if refused:
+        raise ValueError(
+            f"{len(refused)} of {len(public)} keys were not registered now ({', '.join(refused)}), and Flower says why "
+            "above; one that is already in use may join already"
+        )
 
 
 @app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
@@ -150,7 +157,13 @@ def traffic(
         for number in about["flower"]:
             command = [_program("flwr"), "list", "server", "--run-id", str(number), "--format", "json"]
             listed = subprocess.run(command, env=_env(home), check=True, capture_output=True, text=True).stdout
-            counted = json.loads(listed)["runs"][0]["network-traffic"]
+            if "runs" not in (answer := json.loads(listed)):
+                why = answer.get("error-message", listed).splitlines()[-1]
+                raise ValueError(
+                    f"the SuperLink at {server} does not tell of run {number}: {why} One without --database forgets its "
+                    "runs when it stops"
+                )
+            counted = answer["runs"][0]["network-traffic"]
             flower_up += counted["inbound-bytes"]
             flower_down += counted["outbound-bytes"]
     typer.echo(
@@ -175,7 +188,8 @@ def _secured(keys: Path | None, insecure: bool) -> Path | None:
 def _file(folder: Path, name: str) -> Path:
     path = (folder / name).absolute()
     if not path.exists():
-        raise FileNotFoundError(2, "No such file; `fedprior federate keys` makes it", str(path))
+        why = "No such file; `fedprior federate keys`, run once on the server, makes it: copy it from there"
+        raise FileNotFoundError(2, why, str(path))
     return path
 
 

@@ -58,7 +58,8 @@ class Seats:
                 if self.met:
                     break
                 raise NodeError(
-                    f"after {self.seconds:g} s there is no node of the partitions {missing}: start the SuperNodes "
+                    f"after {self.seconds:g} s there is no node of the partitions {missing}: start `fedprior federate "
+                    f"supernode SERVER --partition {missing[0]} --partitions {self.partitions}`, or flower-supernode "
                     f'with --node-config "partition-id={missing[0]} num-partitions={self.partitions}"'
                 )
             time.sleep(self.poll)
@@ -82,7 +83,8 @@ class Seats:
             said = replies.hello(answer)
             if said["partitions"] != self.partitions or not 0 <= said["partition"] < self.partitions:
                 raise ValueError(
-                    f"it is partition {said['partition']} of {said['partitions']}, not of {self.partitions}"
+                    f"it is partition {said['partition']} of {said['partitions']}, not of {self.partitions}: nodes= of "
+                    "the run's configuration must be the nodes' --partitions"
                 )
             for key, mine in about(work).items():
                 if said.get(key) != mine:
