@@ -57,6 +57,24 @@ def test_refused_before_round_one(changes: dict, error: type[Exception], message
 
 
 @pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"uplink": "phi"}, r"must be a tuple of names, got the string 'phi': write \('phi',\)"),
+        (
+            {"init": lambda params: params},
+            "eta must be a NamedTuple of dicts of tensors, as `init` returns it, got dict",
+        ),
+    ],
+)
+def test_a_prior_of_the_users_own_is_refused_before_round_one(changes: dict, message: str) -> None:
+    prior = priors.Gaussian()
+    for name, value in changes.items():
+        object.__setattr__(prior, name, value)
+    with pytest.raises(TypeError, match=message):
+        fp.run(**arguments(algorithm=fp.Algorithm(prior, inference.Point(0.1))))
+
+
+@pytest.mark.parametrize(
     "make",
     [
         lambda: server.Adam(lr=-1.0),

@@ -17,7 +17,8 @@ def flwr(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     program = tmp_path / "flwr"
     answer = r'{"success": false, "error-message": "Using SuperLink\n\n[code: 16] Run ID not found."}'
     program.write_text(
-        f"#!/bin/sh\necho \"$3\" >> {tmp_path}/calls\nprintf '%s' '{answer}'\ncase \"$3\" in *node-0.pub) exit 1;; esac\n"
+        f"#!/bin/sh\necho \"$3\" >> {tmp_path}/calls\nprintf '%s' '{answer}'\n"
+        'case "$3" in *node-0.pub) exit 1;; esac\n'
     )
     program.chmod(0o700)
     monkeypatch.setattr(federate, "_program", lambda name: str(program))

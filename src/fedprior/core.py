@@ -65,6 +65,8 @@ class Stats:
 
     def only(self, terms: Iterable[str]) -> Stats:
         """The named terms alone: what travels."""
+        if isinstance(terms, str):
+            raise TypeError(f"`uplink` must be a tuple of names, got the string {terms!r}: write ({terms!r},)")
         return Stats({t: self[t] for t in terms}, self.clients)
 
 

@@ -160,8 +160,8 @@ def traffic(
             if "runs" not in (answer := json.loads(listed)):
                 why = answer.get("error-message", listed).splitlines()[-1]
                 raise ValueError(
-                    f"the SuperLink at {server} does not tell of run {number}: {why} One without --database forgets its "
-                    "runs when it stops"
+                    f"the SuperLink at {server} does not tell of run {number}: {why} One without --database forgets "
+                    "its runs when it stops"
                 )
             counted = answer["runs"][0]["network-traffic"]
             flower_up += counted["inbound-bytes"]

@@ -49,6 +49,8 @@ def digest(params: Mapping[str, Tensor], start: int = 0) -> int:
 
 def flatten(eta: Any) -> Params:
     """A NamedTuple of Params as one dict: {"mean/fc.weight": tensor, ...}."""
+    if not hasattr(eta, "_fields"):
+        raise TypeError(f"eta must be a NamedTuple of dicts of tensors, as `init` returns it, got {type(eta).__name__}")
     return {f"{field}/{name}": value for field in eta._fields for name, value in getattr(eta, field).items()}
 
 
