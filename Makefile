@@ -5,7 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 WORKERS ?= 2
 DEMO ?= demo
-FAULT_TESTS := $(addprefix tests/,test_faults.py test_secure_faults.py test_audit.py test_leaks.py test_torchrun_killed.py)
+FAULT_TESTS := $(addprefix tests/,test_faults.py test_secure_faults.py test_audit.py test_leaks.py test_torchrun_killed.py test_attacks.py)
 FLOWER_TESTS := $(wildcard tests/test_federation*.py) $(wildcard tests/test_deployed*.py)
 
 .PHONY: install demo test test-all test-demo test-faults test-flower check format docs clean
@@ -30,7 +30,8 @@ test-all: install
 test-demo: install
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 0 -m slow tests/test_demo.py
 
-# Payloads mutated a hundred thousand times, the audit of privacy, memory; what needs Flower is part of test-flower.
+# Payloads mutated a hundred thousand times, the audit of privacy, memory, ranks that are killed, clients that lie; what
+# needs Flower is part of test-flower.
 test-faults: install
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) -m slow $(FAULT_TESTS)
 

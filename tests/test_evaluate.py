@@ -189,7 +189,7 @@ def test_a_client_s_row_is_its_own(name: str, together: int, monkeypatch: pytest
 
 
 def test_small_clients_share_batches_if_their_examples_are_of_one_kind() -> None:
-    """Forty clients of one kind in three calls; another window in between is no neighbour."""
+    """Forty clients of one kind in two calls; another window in between is no neighbour."""
     objective = Objective(Counting(2).double())
     alike = clients_of([25] * 40, (6,))
     evaluate_clients(objective, objective.params(), alike)
@@ -202,6 +202,31 @@ def test_small_clients_share_batches_if_their_examples_are_of_one_kind() -> None
     for row, client in zip(rows, mixed, strict=True):
         data = client.held_out or client.train
         assert row["nats"] == pytest.approx(in_one_pass(gru, [1.0], [gru.params()], data)["nats"], rel=1e-10)
+
+
+def test_clients_share_batches_up_to_a_number_of_values(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Seven of 25 examples with room for three at a time, then one that is larger than the room."""
+    monkeypatch.setattr(metrics, "TOGETHER", 3 * 25 * 6)
+    objective = Objective(Counting(2).double())
+    evaluate_clients(objective, objective.params(), clients_of([25] * 7 + [80], (6,)))
+    sizes: Any = objective.model.sizes
+    assert metrics.FIRST == 50 and sizes == [50, 25, 50, 25, 25, 50, 30]
+
+
+def test_clients_with_other_targets_share_no_batch() -> None:
+    """Inputs alike, and targets of one number and of two."""
+
+    def squares(outputs: Tensor, y: Tensor) -> Tensor:
+        return -(outputs[:, : y.shape[1]] - y).square().sum(1)
+
+    objective = Objective(nn.Linear(6, CLASSES).double(), fp.Loss(squares))
+    phi, clients = objective.params(), []
+    for index, numbers in enumerate((1, 2, 2, 1)):
+        x = drawn(index, 5, (6,)).x
+        clients.append(fp.Client(index, f"client-{index}", fp.Examples(x, x[:, :numbers])))
+    for row, client in zip(evaluate_clients(objective, phi, clients), clients, strict=True):
+        want = -squares(nn.functional.linear(client.train.x, phi["weight"], phi["bias"]), client.train.y)
+        assert row["nats"] == pytest.approx(float(want.mean()), rel=1e-10)
 
 
 def test_a_client_without_any_example_is_named() -> None:

@@ -122,6 +122,19 @@ def test_what_does_not_fit_is_refused_before_round_one(tmp_path: Path) -> None:
     refused(LocalGrid(client_app(fp.fedavg(0.2), own, MODEL), NODES), "its algorithm is")
     refused(LocalGrid(client_app(algorithm, own, fp.models.mlp(4, (5,), 3)), NODES), "its parameters is")
     refused(LocalGrid(client_app(algorithm, lambda p, n: [], MODEL), NODES), "has no clients")
+    size = len(CLIENTS)
+    for data, found in {
+        "fewer": (lambda p, n: own(p, n)[: 2 - (p == 2)], r"has the clients 2 \(1\), .*clients=7 asks for 2, 5 \(2\)"),
+        "more": (
+            lambda p, n: [*own(p, n), replace(CLIENTS[0], index=p + 9)],
+            r"the clients 2, 5, 11 \(3\), .*asks for 2, 5 \(2\)",
+        ),
+        "another number": (
+            fp.data.LazyPopulation(size + 1, lambda i: replace(CLIENTS[0], index=i)),
+            "a federation of 8",
+        ),
+    }.values():
+        refused(LocalGrid(client_app(algorithm, data, MODEL), NODES), found)
     refused(LocalGrid(good, NODES, lambda n, request, reply: None), r"no node of the partitions \[0, 1, 2\]")
     refused(LocalGrid(good, NODES), "leave out availability", error=ValueError, availability=fp.Availability(0.1))
     with pytest.raises(ValueError, match="partition-id=0 num-partitions=3"):

@@ -1,11 +1,13 @@
-"""Faults of a federation: mutated replies and requests, clients lost by the half, a clock that jumps."""
+"""Faults of a federation: mutated replies and requests, clients lost by the half, a full disk, a clock that jumps."""
 
 from __future__ import annotations
 
 import itertools
+import re
 import time
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -26,6 +28,7 @@ from fedprior.federation.replies import Asked
 from fedprior_node import mail
 from grid import CLIENTS, COHORT, MODEL, NODES, ROUNDS, LocalGrid, federated, own, simulated
 from stateful import states_of_the_last_accepted
+from test_faults import Full
 
 FEDAVG = fp.fedavg(0.1)
 MOST = 50
@@ -72,6 +75,32 @@ def test_a_request_that_a_node_finds_after_a_later_one_changes_nothing(algorithm
     states_of_the_last_accepted(states, got.history, want.store)
     header, _ = bundle.unpack(found["reply"], 1 << 20)
     assert all("round 2 is over for client" in entry["reason"] for entry in header["clients"])
+
+
+@pytest.mark.parametrize("algorithm", [fp.topk(0.1, 0.2), fp.scaffold(0.1)], ids=lambda a: a.name)
+def test_a_node_whose_disk_is_full_loses_the_client_and_no_state(
+    algorithm: fp.Algorithm, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of the states of round 2 on the node of partition 1 half of the first is written, and nothing more."""
+    opened, number = Path.open, re.compile(r"client-[14]\.round-2\.")
+    monkeypatch.setattr(Full, "writes", 0)
+    monkeypatch.setattr(Full, "room", 1)
+
+    def limited(self: Path, mode: str = "r", *args: Any, **fields: Any) -> Any:
+        file = opened(self, mode, *args, **fields)
+        return Full(file) if mode[0] in "wa" and number.search(self.name) else file
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "open", limited)
+        got = federated(algorithm, tmp_path, cohort=0)
+    lost = got.history[1].lost()
+    assert {(c.index, c.status) for c in lost} == {(1, "failed"), (4, "failed")}
+    assert all("No space left on device, while writing" in c.reason for c in lost)
+    want = simulated(algorithm, cohort=None, availability=Lost(lost_of(got)))
+    assert lost_of(got) == {(2, 1), (2, 4)} and equal(tree.flatten(got.eta), tree.flatten(want.eta))
+    (states,) = (tmp_path / "states").iterdir()
+    states_of_the_last_accepted(states, got.history, want.store)
+    assert not list(states.rglob(".*.tmp"))
 
 
 def test_a_federation_does_not_look_at_the_wall_clock(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -177,6 +177,23 @@ def test_fedem_finds_components_and_each_clients_shares() -> None:
         assert new.weights == pytest.approx(result.personal(client).weights, abs=1e-3)
 
 
+@pytest.mark.parametrize("state", [None, {"pi": torch.tensor([0.9, 0.1], dtype=torch.float64)}], ids=["new", "known"])
+def test_a_soft_client_predicts_with_components_that_have_made_a_step(state: Any) -> None:
+    """phi_k = w_k + lr sum_i r_ik (y_i - w_k x_i) x_i / sum_i r_ik, where pi = mean_i r_i no longer moves."""
+    made: Any = fp.fedem(0.3, 2, spread=2.0, batch_size=None)
+    (client,) = planted((0.7,))
+    objective, prior, eta = start(made)
+    own = made.inference.personal(objective, prior, eta, client, state, generator(0, "personal"))
+    w, pi = weights(eta), torch.tensor(own.weights, dtype=torch.float64)
+    r = nats(w, client).exp() * pi
+    r = r / r.sum(1, keepdim=True)
+    assert torch.allclose(r.mean(0), pi, rtol=0, atol=1e-6) and 0.01 < float(pi[0]) < 0.99
+    for k, model in enumerate(own.models):
+        slope = sum(r_i[k] * (y - w[k] @ x) * x for x, y, r_i in zip(client.train.x, client.train.y, r, strict=True))
+        assert torch.allclose(model["weight"][0], w[k] + 0.3 * slope / r[:, k].sum(), rtol=0, atol=1e-9)
+        assert not torch.allclose(model["weight"][0], w[k], rtol=0, atol=1e-3)
+
+
 def test_personal_models_beat_one_for_all_where_labels_are_swapped() -> None:
     """Two groups whose classes 0 and 1 are exchanged: no single model can be right for both."""
     data, clients = classification_clients((120,) * 6), []

@@ -76,7 +76,9 @@ class Node:
 
     def _hello(self, header: dict[str, Any], partition: int, partitions: int) -> dict[str, Any]:
         """Who this is and what it would run; the data are loaded and the plan is made on the way."""
-        work = self._work(header, self._clients(partition, partitions), partition)
+        own = self._clients(partition, partitions)
+        _check_all_here(own, partition, partitions, header["population"])
+        work = self._work(header, own, partition)
         return {"partition": partition, "partitions": partitions, **about(work)}
 
     def _clients(self, partition: int, partitions: int) -> Any:
@@ -177,6 +179,25 @@ class Node:
             return {"client": index, "status": "failed", "reason": text(error)}, b""
         told = {"examples": upload.examples, "seconds": upload.seconds, "seconds_wire": upload.seconds_wire}
         return {"client": index, "status": "ok", **(HIDDEN if work.layer else told)}, upload.payload
+
+
+def _check_all_here(own: Any, partition: int, partitions: int, population: int) -> None:
+    """Are this node's clients those of a federation of `population`?"""
+    if isinstance(own, Mapping):
+        here, wanted = sorted(i for i in own if i % partitions == partition), range(partition, population, partitions)
+        same, found, asked = here == list(wanted), f"the clients {_listed(here)}", _listed(wanted)
+    else:
+        same, found, asked = len(own) == population, f"a federation of {len(own)} clients", f"one of {population}"
+    if not same:
+        raise ValueError(
+            f"the node of partition {partition} of {partitions} has {found}, and the server's run with "
+            f"clients={population} asks for {asked}: write the same number there and in the node's data"
+        )
+
+
+def _listed(indices: Sequence[int]) -> str:
+    """The first few."""
+    return f"{', '.join(map(str, indices[:5]))}{', ...' if len(indices) > 5 else ''} ({len(indices)})"
 
 
 @dataclass
