@@ -8,11 +8,11 @@ from torch import Tensor, nn
 
 import fedprior as fp
 from cases import conv_net, count_alive, redraw
+from coupled_nets import Branches, OneLayerBlock, Residual, norm_net
 from fedprior import inference, priors, structure, tree
 from fedprior.objective import Objective
 from fedprior.rng import generator
 from fedprior.slim import Cut, slim
-from test_structure import Branches, OneLayerBlock, Residual, norm_net
 
 
 def depthwise_net() -> nn.Module:

@@ -25,12 +25,12 @@ from cases import (
     parameters_left,
     total,
 )
+from coupled_nets import Branches, OneLayerBlock, Residual
 from fedprior import Params, gates, posteriors, priors, structure, tree
 from fedprior.core import Stats
 from fedprior.objective import Objective
 from fedprior.priors import SpikeSlab
 from fedprior.rng import generator
-from test_structure import Branches, OneLayerBlock, Residual
 
 SLABS = [c for c in PRIORS if isinstance(c.prior, SpikeSlab) and c.posterior is expected_gates]
 

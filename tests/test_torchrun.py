@@ -4,28 +4,20 @@ from __future__ import annotations
 
 import os
 import signal
-import subprocess
-import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
 
 import fedprior as fp
 import rank_calls
 from cases import classification_clients, close, pooled, without_seconds
-from cli_calls import TINY, call, refused
 from fedprior import Availability, codecs, inference, priors, records, tree
-from fedprior.engines import RankError, Sequential, TorchRun, named
-from fedprior.engines.costs import Costs
-from fedprior.engines.total import Total, rounded
-from fedprior.rng import numpy_generator
+from fedprior.engines import RankError, Sequential, TorchRun
 from stateful import Counting
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="forks")
@@ -248,86 +240,3 @@ def test_ranks_that_differ_are_refused(tmp_path: Path) -> None:
         assert f"{key} is" in given[0]["text"] and "on rank 1" in given[0]["text"]
         assert given[1] is not None and given[1]["error"] == RankError.__name__
         assert not list((tmp_path / key).glob("*.jsonl"))
-
-
-def law_of_costs(seed: int) -> tuple[list[int], Costs, int]:
-    rng = numpy_generator(seed, "costs")
-    indices = sorted(int(i) for i in rng.choice(100, size=int(rng.integers(1, 40)), replace=False))
-    costs = Costs()
-    for index in indices[:: int(rng.integers(1, 3))]:
-        costs.saw(index, float(rng.lognormal()))
-    return indices, costs, int(rng.integers(1, 6))
-
-
-@pytest.mark.parametrize("seed", range(20))
-def test_shares_are_a_partition_and_balanced(seed: int) -> None:
-    """No share exceeds the least one by more than its own cheapest client: that one was the last to be added."""
-    indices, costs, ranks = law_of_costs(seed)
-    shares = costs.dealt(indices, ranks)
-    assert sorted(i for share in shares for i in share) == indices and all(share == sorted(share) for share in shares)
-    dearest = max(costs.seconds.values())
-    each = [[costs.seconds.get(i, dearest) for i in share] for share in shares]
-    for cost in each:
-        assert sum(cost) - min(cost, default=0.0) <= min(map(sum, each)) + 1e-12
-    again = Costs(dict(sorted(costs.seconds.items())))  # whatever order they were seen in
-    assert again.dealt(indices, ranks) == shares
-
-
-def test_a_total_does_not_depend_on_the_order() -> None:
-    """float32 values over 20 binary orders of magnitude: the sum of the fractions, rounded once."""
-    rng = numpy_generator(0, "total")
-    values = torch.from_numpy(rng.normal(size=(50, 200)) * 2.0 ** -rng.integers(0, 20, size=(50, 200))).float()
-    exact = [float(sum(map(Fraction, column))) for column in values.T.tolist()]
-    want = torch.tensor(exact, dtype=torch.float64).float()
-    for order in (range(50), reversed(range(50)), rng.permutation(50).tolist()):
-        total = Total()
-        for i in order:
-            total.add(fp.Stats({"phi": {"w": values[i].view(10, 20)}}, 0.5))
-        stats = rounded(total.values, total.layout, total.clients)
-        assert torch.equal(stats["phi"]["w"], want.view(10, 20)) and stats.clients == 25.0
-    with pytest.raises(ValueError, match="cannot add"):
-        total.add(fp.Stats({"phi": {"w": values[0]}}))
-
-
-def test_the_command_line_below_torchrun(tmp_path: Path) -> None:
-    """Two ranks as torchrun starts them: one table, one folder, the results of one process, which goes on with them."""
-    toml, folder = tmp_path / "my.toml", tmp_path / "out"
-    toml.write_text(TINY)
-    torchrun = ["-m", "torch.distributed.run", "--nproc-per-node=2", "--master-addr=127.0.0.1"]
-    command = [sys.executable, *torchrun, f"--master-port={rank_calls.free_port()}", "-m", "fedprior", "run", toml]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    ranks = subprocess.Popen(
-        [*map(str, command), "--out", str(folder)],
-        env=environment,
-        start_new_session=True,
-        text=True,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-    )
-    try:
-        out, err = ranks.communicate(timeout=100)
-    finally:
-        if ranks.poll() is None:
-            os.killpg(ranks.pid, signal.SIGKILL)
-    assert ranks.returncode == 0, err
-    assert out.count("fedprox") == 1 and out.count(str(folder)) == 2, out
-    call("run", toml, "--out", tmp_path / "alone", "--engine", "sequential", "--quiet")
-    alone, together = (records.read(place / "records.jsonl") for place in (tmp_path / "alone", folder))
-    assert [replace(r, metrics={}) for r in without_seconds(together)] == [
-        replace(r, metrics={}) for r in without_seconds(alone)
-    ]
-    assert close(load_file(folder / "model.safetensors"), load_file(tmp_path / "alone" / "model.safetensors"), 1e-5)
-    toml.write_text(TINY.replace("rounds = 3", "rounds = 4"))
-    call("run", toml, "--resume", folder, "--quiet")
-    assert len(records.read(folder / "records.jsonl")) == 4
-
-
-@pytest.mark.parametrize(("name", "message"), [("torchrun", "torchrun --nproc-per-node"), ("turbo", "unknown engine")])
-def test_engines_by_name(name: str, message: str, tmp_path: Path) -> None:
-    (tmp_path / "my.toml").write_text(TINY)
-    assert message in refused("run", tmp_path / "my.toml", "--engine", name, "--out", tmp_path / "out")
-    assert not (tmp_path / "out").exists()
-    with pytest.raises(ValueError, match="more than once"), pytest.MonkeyPatch.context() as patch:
-        for key, value in {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "x", "MASTER_PORT": "1"}.items():
-            patch.setenv(key, value)
-        named("workers", 1, 60.0)

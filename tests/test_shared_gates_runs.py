@@ -1,0 +1,86 @@
+"""Gates by evidence: runs with an asked density."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import replace
+
+import pytest
+import torch
+
+import fedprior as fp
+from cases import image_clients, pooled, without_seconds
+from fedprior import Client, Examples
+from fedprior.rng import generator
+
+LONG = [({"hold": 6}, 6, 7), ({"steps": 5}, 6, 7), ({"hold": 3, "steps": 4}, 6, 7), ({"steps": 2}, 1, 2)]
+
+
+@pytest.mark.parametrize(("fields", "rounds", "needed"), LONG)
+def test_a_schedule_longer_than_the_run_is_refused_before_round_one(fields, rounds: int, needed: int, tmp_path) -> None:
+    algorithm = fp.fedsparse(density=0.3)
+    algorithm = replace(algorithm, prior=replace(algorithm.prior, **fields))  # type: ignore[type-var]
+    model, clients = fp.models.lenet((3, 3), 4, 4, 16), image_clients(1, 12)
+    with pytest.raises(ValueError, match=rf"hold \+ steps = \d \+ \d rounds, and the run has {rounds}") as error:
+        fp.run(algorithm, model, clients, rounds=rounds, out=tmp_path / "run")
+    assert not (tmp_path / "run").exists() and f"or run {needed} rounds" in str(error.value)
+    fits = replace(algorithm.prior, steps=needed - (fields.get("hold") or int(0.45 * needed)))  # type: ignore[type-var]
+    assert fits.scheduled(needed).hold + fits.steps == needed
+
+
+def text_run(density: float, **fields) -> fp.Result:
+    """One block with 2 heads of 4 and 12 neurons, on a stream of width 8."""
+    rng = generator(0, "text")
+    texts = (torch.arange(2 * 8 * 6) * 5 % 7).view(2, 8, 6) + torch.randint(2, (2, 8, 1), generator=rng)
+    clients = [Client(i, str(i), Examples(t[:, :-1], t[:, 1:])) for i, t in enumerate(texts)]
+    model = fp.models.char_transformer(9, 5, 8, 2, 4, depth=1, hidden=12, every=True)
+    return fp.run(fp.fedsparse(lr=0.02, batch_size=4, density=density, **fields), model, clients, rounds=6)
+
+
+def test_densities_down_to_the_least_are_met_and_none_below_is_begun() -> None:
+    """The least is one head, one neuron, and all that has no units; 9 characters, windows of 5."""
+    head, neuron, norms = 3 * (8 * 4 + 4) + 4 * 8, 8 + 1 + 8, 3 * 16
+    whole = norms + (9 + 5) * 8 + 8 * 9 + 9 + 8 + 8  # with embeddings, the last layer, biases of out and second
+    least, total = whole + head + neuron, whole + 2 * head + 12 * neuron
+    exact = least / total
+    result = text_run(exact)
+    assert result.parameters == total and result.parameters_left == least
+    middle = (exact + 1) / 2
+    assert 0 <= middle * total - text_run(middle).parameters_left <= head
+    with pytest.raises(ValueError, match="cannot be reached") as error:
+        text_run(exact - 0.01)
+    (named,) = re.findall(r"density >= ([0-9.]+)", str(error.value))
+    assert exact <= float(named) < exact + 1e-5 and text_run(float(named)).parameters_left == least
+
+
+def run(rounds: int = 12, **fields) -> fp.Result:
+    clients = image_clients(4, 40)
+    algorithm = fp.fedsparse(lr=0.1, batch_size=8, **{"density": 0.2, **fields})
+    model = fp.models.lenet((6, 8), 16, 4, 16)
+    return fp.run(algorithm, model, clients, rounds=rounds, test=pooled(clients))
+
+
+def test_a_run_meets_the_density_and_learns() -> None:
+    result = run()
+    counts = [r.parameters_left for r in result.history]
+    assert counts == sorted(counts, reverse=True)
+    assert all(0.2 - 0.06 <= c / result.parameters <= 0.2 for c in counts[8:])  # a filter is 6 % of this model
+    assert result.accuracy > 0.8
+    assert result.history[-1].bytes_up < 0.7 * result.history[0].bytes_up
+    assert result.history[-1].bytes_down < 0.7 * result.history[0].bytes_down
+    assert float(result.eta.price["lambda_0"]) > 0
+    again = run()
+    assert without_seconds(result.history) == without_seconds(again.history)
+
+
+@pytest.mark.parametrize("seed", [0, 2, 3])
+def test_an_unreliable_fleet_gets_the_density_on_time(seed: int) -> None:
+    """Rounds in which nobody answers count: after hold + steps = 7 of 12 rounds the model is as small as asked."""
+    clients, fleet = image_clients(4, 24), fp.Availability(dropout=0.6)
+    algorithm = fp.fedsparse(lr=0.1, batch_size=8, density=0.2)
+    model = fp.models.lenet((6, 8), 16, 4, 16)
+    result = fp.run(algorithm, model, clients, rounds=12, cohort=2, availability=fleet, seed=seed)
+    silent = [r.number for r in result.history if r.kept_eta]
+    assert any(number <= 7 for number in silent) and silent[:7] != list(range(1, 8))
+    assert float(result.eta.round["t"]) == 12
+    assert all(r.parameters_left <= 0.2 * result.parameters for r in result.history[6:])
