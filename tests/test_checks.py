@@ -57,19 +57,15 @@ def test_refused_before_round_one(changes: dict, error: type[Exception], message
 
 
 @pytest.mark.parametrize(
-    ("changes", "message"),
+    ("name", "value", "message"),
     [
-        ({"uplink": "phi"}, r"must be a tuple of names, got the string 'phi': write \('phi',\)"),
-        (
-            {"init": lambda params: params},
-            "eta must be a NamedTuple of dicts of tensors, as `init` returns it, got dict",
-        ),
+        ("uplink", "phi", r"must be a tuple of names, got the string 'phi': write \('phi',\)"),
+        ("init", lambda params: params, "eta must be a NamedTuple of dicts of tensors, as `init` returns it, got dict"),
     ],
 )
-def test_a_prior_of_the_users_own_is_refused_before_round_one(changes: dict, message: str) -> None:
+def test_a_prior_of_the_users_own_is_refused_before_round_one(name: str, value: object, message: str) -> None:
     prior = priors.Gaussian()
-    for name, value in changes.items():
-        object.__setattr__(prior, name, value)
+    object.__setattr__(prior, name, value)
     with pytest.raises(TypeError, match=message):
         fp.run(**arguments(algorithm=fp.Algorithm(prior, inference.Point(0.1))))
 
