@@ -66,7 +66,8 @@ class GridEngine:
         seconds: that the nodes have before round one, and for each exchange: one a round, four under secure=...
         poll: seconds between two looks for replies.
         most_examples: that a client may claim to have: examples are weights.
-        history: rounds of the run before it was resumed.
+        history: rounds of the run before it was resumed. Checkpoint every round, the default of run: a client whose
+            state is of a later round than it is asked for takes the request for a late one, and fails.
         secret: 256 bits that the server's noise derives from under privacy=...; nodes know the run's seed.
     """
 
