@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Callable
+from typing import Any
 
+import pytest
 import torch
 
 from cases import Case, close, total
@@ -103,3 +106,11 @@ def interface(case: Case) -> None:
 
 
 LAWS = [stationary, a_maximum, linear, order_is_irrelevant, a_weight_is_copies, interface]
+
+
+def caught(owner: Any, method: str, wrong: Callable[[Any], Any], test: Callable[[], None]) -> None:
+    """`test` fails while the owner's method is what `wrong` makes of it."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(owner, method, wrong(getattr(owner, method)))
+        with pytest.raises(AssertionError):
+            test()

@@ -1,11 +1,14 @@
-"""Calls below torchrun: a function in forked processes that have a rank's environment, over gloo on this machine."""
+"""Calls below torchrun: a function in forked processes with a rank's environment, over gloo; and torchrun itself."""
 
 from __future__ import annotations
 
 import json
 import multiprocessing
 import os
+import signal
 import socket
+import subprocess
+import sys
 from collections.abc import Callable
 from multiprocessing.process import BaseProcess
 from pathlib import Path
@@ -57,3 +60,26 @@ def answers(ranks: list[BaseProcess], folder: Path, seconds: float = 60) -> list
 
 def call(count: int, folder: Path, function: Callable[[int], Any]) -> list[dict[str, Any] | None]:
     return answers(start(count, folder, function), folder)
+
+
+def torchrun(count: int, *arguments: object) -> subprocess.Popen[str]:
+    """`torchrun --nproc-per-node=count -m fedprior run ...`, in a session of its own."""
+    where = ["--master-addr=127.0.0.1", f"--master-port={free_port()}", f"--nproc-per-node={count}"]
+    command = [sys.executable, "-m", "torch.distributed.run", *where, "-m", "fedprior", "run", *map(str, arguments)]
+    return subprocess.Popen(
+        command,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        start_new_session=True,
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    )
+
+
+def finished(ranks: subprocess.Popen[str], seconds: float = 120) -> tuple[str, str]:
+    """What torchrun and its ranks printed, once all have ended: stdout and stderr."""
+    try:
+        return ranks.communicate(timeout=seconds)
+    finally:
+        if ranks.poll() is None:
+            os.killpg(ranks.pid, signal.SIGKILL)

@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import os
-import signal
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -25,22 +22,8 @@ def test_the_command_line_below_torchrun(tmp_path: Path) -> None:
     """Two ranks as torchrun starts them: one table, one folder, the results of one process, which goes on with them."""
     toml, folder = tmp_path / "my.toml", tmp_path / "out"
     toml.write_text(TINY)
-    torchrun = ["-m", "torch.distributed.run", "--nproc-per-node=2", "--master-addr=127.0.0.1"]
-    command = [sys.executable, *torchrun, f"--master-port={rank_calls.free_port()}", "-m", "fedprior", "run", toml]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    ranks = subprocess.Popen(
-        [*map(str, command), "--out", str(folder)],
-        env=environment,
-        start_new_session=True,
-        text=True,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-    )
-    try:
-        out, err = ranks.communicate(timeout=100)
-    finally:
-        if ranks.poll() is None:
-            os.killpg(ranks.pid, signal.SIGKILL)
+    ranks = rank_calls.torchrun(2, toml, "--out", folder)
+    out, err = rank_calls.finished(ranks, 100)
     assert ranks.returncode == 0, err
     assert out.count("fedprox") == 1 and out.count(str(folder)) == 2, out
     call("run", toml, "--out", tmp_path / "alone", "--engine", "sequential", "--quiet")

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import os
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -21,24 +19,6 @@ from laws import close
 pytestmark = pytest.mark.skipif(not Path("/proc").exists(), reason="finds the ranks in /proc")
 ROUNDS = 400
 TOML = TINY.replace("rounds = 3", f"rounds = {ROUNDS}").replace('"fedprox"\nprecision = 2', '"scaffold"')
-
-
-def started(count: int, *arguments: object) -> subprocess.Popen[str]:
-    """`torchrun --nproc-per-node=count -m fedprior run ...`."""
-    where = ["--master-addr=127.0.0.1", f"--master-port={rank_calls.free_port()}", f"--nproc-per-node={count}"]
-    command = [sys.executable, "-m", "torch.distributed.run", *where, "-m", "fedprior", "run", *map(str, arguments)]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
-    return subprocess.Popen(command, env=environment, start_new_session=True, **pipes)
-
-
-def finished(ranks: subprocess.Popen[str]) -> str:
-    """What they printed, once all have ended."""
-    try:
-        return ranks.communicate(timeout=120)[0]
-    finally:
-        if ranks.poll() is None:
-            os.killpg(ranks.pid, signal.SIGKILL)
 
 
 def rank_process(torchrun: int, rank: int) -> int:
@@ -59,14 +39,14 @@ def test_a_killed_rank_ends_torchrun_and_the_run_goes_on(killed: int, tmp_path: 
     """Control variates are states of the clients: a round that is counted twice, or lost, would show in the model."""
     toml, folder, rng = tmp_path / "my.toml", tmp_path / "out", numpy_generator(killed, "moment")
     toml.write_text(TOML)
-    ranks = started(2, toml, "--out", folder)
+    ranks = rank_calls.torchrun(2, toml, "--out", folder)
     try:
         while rounds_of(folder) < 5:
-            assert ranks.poll() is None, finished(ranks)
+            assert ranks.poll() is None, rank_calls.finished(ranks)
             time.sleep(0.02)
         time.sleep(float(rng.uniform(0, 0.5)))
         os.kill(rank_process(ranks.pid, killed), signal.SIGKILL)
-        out = finished(ranks)
+        out = "".join(rank_calls.finished(ranks))
     finally:
         if ranks.poll() is None:
             os.killpg(ranks.pid, signal.SIGKILL)
@@ -75,9 +55,9 @@ def test_a_killed_rank_ends_torchrun_and_the_run_goes_on(killed: int, tmp_path: 
     assert 5 <= done < ROUNDS
     for count, rounds in ((3, done + 8), (1, done + 10)):
         toml.write_text(TOML.replace(f"rounds = {ROUNDS}", f"rounds = {rounds}"))
-        ranks = started(count, toml, "--resume", folder)
-        out = finished(ranks)
-        assert ranks.returncode == 0, out
+        ranks = rank_calls.torchrun(count, toml, "--resume", folder)
+        told = rank_calls.finished(ranks)
+        assert ranks.returncode == 0, told
         assert [r.number for r in records.read(folder / "records.jsonl")] == list(range(1, rounds + 1))
     call("run", toml, "--out", tmp_path / "alone", "--engine", "sequential", "--quiet")
     assert close(load_file(folder / "model.safetensors"), load_file(tmp_path / "alone" / "model.safetensors"), 1e-4)

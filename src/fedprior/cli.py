@@ -21,6 +21,7 @@ from fedprior import compare as comparing
 from fedprior import config as configs
 from fedprior import federate, finished, listings, options
 from fedprior.engines import leads
+from fedprior.privacy import Privacy
 from fedprior.records import read, warning
 from fedprior.refusals import interruptible, one_line
 from fedprior.rows import Row, cells
@@ -101,7 +102,8 @@ def run(
         row = comparing.execute(experiment, folder, resume is not None, False if quiet else None)
     if not quiet:
         _print_rows([row])
-        _tell_privacy(folder, wanted)
+        if wanted.privacy is not None:
+            _tell_privacy(folder, wanted.privacy)
     _warn(folder, row)
     typer.echo(f"{folder}; plots and tables: fedprior report {folder}")
 
@@ -192,13 +194,11 @@ def _warn(folder: Path, row: Row) -> None:
         typer.echo(f"fedprior: {row['algorithm']}: {text}", err=True)
 
 
-def _tell_privacy(folder: Path, wanted: configs.Config) -> None:
+def _tell_privacy(folder: Path, privacy: Privacy) -> None:
     """What has been spent, under the table of a private run."""
-    spent = [r.layer["epsilon"] for r in read(folder / RECORDS) if "epsilon" in r.layer]
-    if spent and wanted.privacy is not None:
-        target = wanted.privacy.target_epsilon
-        of = f" of {target:g}" if target is not None else ""
-        typer.echo(f"privacy spent: epsilon {spent[-1]:.3g}{of}, at delta {wanted.privacy.delta:g}")
+    epsilon = read(folder / RECORDS)[-1].layer["epsilon"]
+    of = f" of {privacy.target_epsilon:g}" if privacy.target_epsilon is not None else ""
+    typer.echo(f"privacy spent: epsilon {epsilon:.3g}{of}, at delta {privacy.delta:g}")
 
 
 def _report(folder: Path) -> str:

@@ -62,7 +62,25 @@ class Mixture:
     ) -> tuple[posteriors.Mixed, Params | None]:
         """The client's components and pi."""
         scores = log_likelihoods(objective, prior.points(eta), client.train)
-        r = self._responsibilities(scores, _pi(eta, state))
+        q = self._adapted(objective, prior, eta, client, self._responsibilities(scores, _pi(eta, state)), rng)
+        return q, state if self.hard else q.pi
+
+    def personal(
+        self, objective: Objective, prior: Any, eta: Eta, client: Client, state: Params | None, rng: torch.Generator
+    ) -> posteriors.Predictive:
+        """The components that the client has a part in, adapted to it."""
+        pi, scores = _pi(eta, state), log_likelihoods(objective, prior.points(eta), client.train)
+        for _ in range(0 if self.hard else _PASSES):
+            pi = self._responsibilities(scores, pi).mean(0)
+        q = self._adapted(objective, prior, eta, client, self._responsibilities(scores, pi), rng)
+        weights = q.pi["pi"].tolist()
+        own = [k for k, weight in enumerate(weights) if weight > 0]
+        return posteriors.Predictive(tuple(weights[k] for k in own), tuple(q.parts[k].mean() for k in own))
+
+    def _adapted(
+        self, objective: Objective, prior: Any, eta: Eta, client: Client, r: Tensor, rng: torch.Generator
+    ) -> posteriors.Mixed:
+        """pi, and an E-step of each component that has a part in the client."""
         pi = r.mean(0)
         parts = [
             self._train(objective, prior.prior, part, client, r[:, k] / pi[k], rng)
@@ -70,21 +88,7 @@ class Mixture:
             else self.each.start(prior.prior, part)
             for k, part in enumerate(part_etas(eta))
         ]
-        return posteriors.Mixed(tuple(parts), {"pi": pi}), state if self.hard else {"pi": pi}
-
-    def personal(
-        self, objective: Objective, prior: Any, eta: Eta, client: Client, state: Params | None, rng: torch.Generator
-    ) -> posteriors.Predictive:
-        """The components that the client has a part in, adapted to it."""
-        pi = _pi(eta, state)
-        if not self.hard:
-            scores = log_likelihoods(objective, prior.points(eta), client.train)
-            for _ in range(_PASSES):
-                pi = self._responsibilities(scores, pi).mean(0)
-        q, _ = self.e_step(objective, prior, eta, client, {"pi": pi}, rng)
-        weights = q.pi["pi"].tolist()
-        own = [k for k, weight in enumerate(weights) if weight > 0]
-        return posteriors.Predictive(tuple(weights[k] for k in own), tuple(q.parts[k].mean() for k in own))
+        return posteriors.Mixed(tuple(parts), {"pi": pi})
 
     def _responsibilities(self, scores: Tensor, pi: Tensor) -> Tensor:
         """r, (N_s, K), from log-likelihoods (N_s, K)."""
