@@ -89,6 +89,7 @@ LENET: Mapping[str, Run] = {
     "fedsparse 5 % fast": whole(fp.fedsparse, density=0.05, activations=0.5),
     "fedsparse 2 %": whole(fp.fedsparse, density=0.02),
     "fedsparse 10 %": whole(fp.fedsparse, density=0.1),
+    "fedsparse 10 % fast": whole(fp.fedsparse, density=0.1, activations=0.5),
     "fedsparse 2 % int4": whole(fp.fedsparse, density=0.02, value_type="int4"),
     "top-k 1 %": whole(fp.topk, fraction=0.01),
     "dropout 0.5": whole(fp.feddropout, rate=0.5),
@@ -123,12 +124,12 @@ SETTINGS = {
     "fashion": Setting(partial(fashion, 1.0), fp.models.lenet, LENET, 100, 0.2, 20, (0.05, 0.1, 0.2)),
     "skewed": Setting(partial(fashion, 0.1), fp.models.lenet, LENET, 100, 0.2, 20, (0.05, 0.1, 0.2)),
     "shakespeare": Setting(
-        shakespeare, partial(fp.models.char_transformer, 80, every=True), TRANSFORMER, 60, 0.005, 4, (0.4,)
+        shakespeare, partial(fp.models.char_transformer, 80, every=True), TRANSFORMER, 60, 0.01, 4, (0.4,)
     ),
 }
 
 
-def one(out: Path, setting: str, name: str, seed: int, rounds: int, lr: float) -> None:
+def one(out: Path, setting: str, name: str, seed: int, rounds: int, lr: float, device: str) -> None:
     """One run, in this process; its records go to a folder, its numbers to a file that is written last."""
     torch.set_num_threads(1)
     common = SETTINGS[setting]
@@ -147,12 +148,13 @@ def one(out: Path, setting: str, name: str, seed: int, rounds: int, lr: float) -
         resume=folder.exists(),
         checkpoint_every=EVERY,
         evaluate_every=EVERY,
+        device=device,
         progress=False,
     )
     rows = [row(setting, name, seed, lr, result)]
     if name == "fedavg":
         for density in common.pruned:
-            small = Objective(fp.prune(result.model(), density, test.x[:1]))
+            small = Objective(fp.prune(result.model().cpu(), density, test.x[:1]))
             accuracy = evaluate(small, small.params(), test).means()["accuracy"]
             pruned = {
                 "name": f"fedavg, then pruned to {100 * density:.0f} %",
@@ -197,6 +199,7 @@ def run_all(options: argparse.Namespace) -> None:
     def start(job: tuple[str, int]) -> None:
         name, seed = job
         fixed = ["--out", str(options.out), "--setting", options.setting, "--rounds", str(options.rounds)]
+        fixed += ["--device", options.device]
         own = ["--lr", str(options.lr), "--only", name, "--seeds", str(seed)]
         environment = {**os.environ, "OMP_NUM_THREADS": "1"}
         subprocess.run([sys.executable, __file__, "one", *fixed, *own], check=True, env=environment)
@@ -215,14 +218,16 @@ def main() -> None:
     parser.add_argument("--seeds", default="0,1,2")
     parser.add_argument("--rounds", type=int, help="default: the setting's own")
     parser.add_argument("--lr", type=float, help="default: the setting's own")
-    parser.add_argument("--workers", type=int, default=2)
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--workers", type=int, default=2, help="runs at a time")
     options = parser.parse_args()
     options.rounds = options.rounds or SETTINGS[options.setting].rounds
     options.lr = options.lr or SETTINGS[options.setting].lr
     if options.command == "run":
         run_all(options)
     elif options.command == "one":
-        one(options.out, options.setting, options.only, int(options.seeds), options.rounds, options.lr)
+        own = int(options.seeds), options.rounds, options.lr, options.device
+        one(options.out, options.setting, options.only, *own)
     else:
         from tables import write  # benchmarks/tables.py
 

@@ -23,12 +23,11 @@ import argparse
 import inspect
 import json
 import os
-import subprocess
-import sys
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ProcessPoolExecutor, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -65,11 +64,11 @@ CONSTANTS: dict[str, tuple[str, Any, Any]] = {
     "laplace": ("scale", 0.15, 1.5),
     "horseshoe": ("scale", 0.15, 1.5),
     "fedpa": ("shrinkage", 0.001, 0.1),
-    "pvi": ("damping", 0.25, 0.125),
-    "fedep": ("damping", 0.25, 0.125),
-    "fedsep": ("damping", 0.25, 0.125),
+    "pvi": ("trust", 0.01, 0.1),
+    "fedep": ("trust", 0.01, 0.1),
+    "fedsep": ("trust", 0.01, 0.1),
     "pfedbred": ("strength", 5.0, 45.0),
-    "fedppd": ("temperature", 0.01, 0.1),
+    "fedppd": ("temperature", 0.01, 1.0),
     "kure": ("strength", 1.0, 100.0),
     "decoupled": ("strength", 1.0, 100.0),
     "fedem": ("components", 2, 5),
@@ -176,63 +175,62 @@ def flat(key: str, spread: dict[str, float]) -> list[tuple[str, float]]:
     return [(key, spread["mean"]), (f"{key}_worst_decile", spread["worst_decile"])]
 
 
-def remembered(path: Path, make: Callable[[], Row]) -> Row:
-    """The numbers in `path`, which are made and written first if there are none."""
-    if not path.exists():
+Submit = Callable[..., Future[Any]]
+
+
+def all_of(out: Path, device: str, submit: Submit, wanted: Sequence[tuple[Any, ...]], tuning: bool) -> list[Row]:
+    """The numbers of runs (setting, name, seed, lr, own): those that are not in their files are made side by side."""
+    paths = []
+    for setting, name, seed, lr, own in wanted:
+        constants = "-".join(f"{v:g}" for v in (lr, *own.values()))
+        stem = slug(setting, name, seed)
+        paths.append(out / "tuning" / f"{stem}-{constants}.json" if tuning else out / f"{stem}.json")
+    running = {
+        path: submit(measure, *run[:3], device, tuning, *run[3:])
+        for path, run in zip(paths, wanted, strict=True)
+        if not path.exists()
+    }
+    for path, future in running.items():
         part = path.with_suffix(".part")
-        part.write_text(json.dumps(make(), indent=1))
+        part.write_text(json.dumps(future.result(), indent=1))
         part.replace(path)
-    return json.loads(path.read_text())
+    return [json.loads(path.read_text()) for path in paths]
 
 
-def tuned(out: Path, setting: str, name: str, device: str) -> tuple[float, Row]:
+def tuned(setting: str, name: str, several: Callable[..., list[Row]]) -> tuple[float, Row]:
     """The best learning rate and constant of five runs."""
 
-    def tried(choices: Sequence[tuple[float, Row]]) -> tuple[float, Row]:
-        rows = [
-            remembered(
-                out / "tuning" / f"{slug(setting, name, TUNED)}-{'-'.join(f'{v:g}' for v in (lr, *own.values()))}.json",
-                partial(measure, setting, name, TUNED, device, True, lr, own),
-            )
-            for lr, own in choices
-        ]
-        best = min(rows, key=lambda r: r["after_nats"])
-        return best["lr"], best["own"]
+    def best(choices: Sequence[tuple[float, Row]]) -> tuple[float, Row]:
+        rows = several([(setting, name, TUNED, lr, own) for lr, own in choices], True)
+        row = min(rows, key=lambda r: r["after_nats"])
+        return row["lr"], row["own"]
 
-    (out / "tuning").mkdir(parents=True, exist_ok=True)
     rates: list[tuple[float, Row]] = [(lr, {}) for lr in SETTINGS[setting].rates]
-    lr, _ = tried(rates)
+    lr, _ = best(rates)
     if name not in CONSTANTS:
-        return tried([*rates, (lr / 2, {}), (lr * 2, {})])
+        return best([*rates, (lr / 2, {}), (lr * 2, {})])
     constant, *values = CONSTANTS[name]
-    return tried([*rates, *((lr, {constant: value}) for value in values)])
+    return best([*rates, *((lr, {constant: value}) for value in values)])
 
 
-def one(out: Path, setting: str, name: str, seed: int, device: str) -> None:
-    """One algorithm with one seed; what it has is tuned first, if it has not been."""
-    torch.set_num_threads(1)
-    lr, own = tuned(out, setting, name, device)
-    path = out / f"{slug(setting, name, seed)}.json"
-    row = remembered(path, partial(measure, setting, name, seed, device, False, lr, own))
-    print(f"{setting}: {name}, seed {seed}, lr {lr:g} {own or ''}: {100 * row['after_accuracy']:.2f} %", flush=True)
+def one(options: argparse.Namespace, submit: Submit, name: str) -> None:
+    """One algorithm with all seeds; what it has is tuned first, if it has not been."""
+    setting, several = options.setting, partial(all_of, options.out, options.device, submit)
+    lr, own = tuned(setting, name, several)
+    for row in several([(setting, name, int(seed), lr, own) for seed in options.seeds.split(",")], False):
+        accuracy = 100 * row["after_accuracy"]
+        print(f"{setting}: {name}, seed {row['seed']}, lr {lr:g} {own or ''}: {accuracy:.2f} %", flush=True)
 
 
 def run(options: argparse.Namespace) -> None:
-    """Every algorithm in a process of its own; those that fail are named at the end."""
+    """Every algorithm in a thread, which waits for runs in `jobs` processes; those that fail are named at the end."""
+    os.environ["OMP_NUM_THREADS"] = "1"
     names = options.only.split(",") if options.only else [n for n in fp.ALGORITHMS if n not in OTHER]
-
-    def failed(name: str, seed: str) -> str:
-        if (options.out / f"{slug(options.setting, name, int(seed))}.json").exists():
-            return ""
-        own = ["--setting", options.setting, "--only", name, "--seeds", seed, "--device", options.device]
-        command = [sys.executable, __file__, "one", "--out", str(options.out), *own]
-        done = subprocess.run(command, env={**os.environ, "OMP_NUM_THREADS": "1"})
-        return f"{name}, seed {seed}" if done.returncode else ""
-
-    failures: list[str] = []
-    with ThreadPoolExecutor(options.jobs) as jobs:
-        for seed in options.seeds.split(","):  # the first of them chooses the learning rates
-            failures += filter(None, jobs.map(partial(failed, seed=seed), names))
+    (options.out / "tuning").mkdir(parents=True, exist_ok=True)
+    processes = ProcessPoolExecutor(options.jobs, get_context("spawn"), torch.set_num_threads, (1,))
+    with processes, ThreadPoolExecutor(len(names)) as threads:
+        done = {name: threads.submit(one, options, processes.submit, name) for name in names}
+    failures = [f"{name} ({error!r})" for name, future in done.items() if (error := future.exception())]
     if failures:
         raise SystemExit(f"failed: {'; '.join(failures)}")
 
@@ -259,7 +257,7 @@ def table(rows: Sequence[Row]) -> list[str]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("command", choices=["run", "one", "table"])
+    parser.add_argument("command", choices=["run", "table"])
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--setting", choices=list(SETTINGS), default="labels")
     parser.add_argument("--only", default="")
@@ -269,8 +267,6 @@ def main() -> None:
     options = parser.parse_args()
     if options.command == "run":
         return run(options)
-    if options.command == "one":
-        return one(options.out, options.setting, options.only, int(options.seeds), options.device)
     for setting in SETTINGS:
         rows = [json.loads(path.read_text()) for path in sorted(options.out.glob(f"{setting}-*.json"))]
         if rows:

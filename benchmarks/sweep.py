@@ -62,7 +62,7 @@ SWEEPS = {
             "start": (1.0, 2.5),
             "hold": (20, 70),
             "steps": (5, 50),
-            "activations": (0.0, 0.5),
+            "activations": (0.0, 0.2, 0.3, 0.5),
         },
         (0.1, 0.2, 0.3),
     ),
@@ -98,7 +98,7 @@ def data(setting: str, seed: int) -> tuple[Population, fp.Examples]:
     return clients, fp.Examples(torch.cat([h.x for h in held]), torch.cat([h.y for h in held]))
 
 
-def one(setting: str, name: str, seed: int, rounds: int) -> Row:
+def one(setting: str, name: str, seed: int, rounds: int, device: str) -> Row:
     """One run's numbers; accuracies are those on the validation set."""
     common, algorithm = SETTINGS[setting], SWEEPS[setting].runs()[name]()
     inference: Any = algorithm.inference
@@ -112,7 +112,8 @@ def one(setting: str, name: str, seed: int, rounds: int) -> Row:
         cohort=10,
         test=validation,
         seed=seed,
-        engine=fp.engines.Sequential(1),
+        engine=fp.engines.Sequential(1) if device == "cpu" else "auto",
+        device=device,
         evaluate_every=EVERY,
         progress=False,
     )
@@ -128,7 +129,8 @@ def run(options: argparse.Namespace) -> None:
         for name in names:
             path = options.out / f"{slug(options.setting, name, seed)}.json"
             if not path.exists():
-                numbers = one(options.setting, name, seed, options.rounds or SETTINGS[options.setting].rounds)
+                rounds = options.rounds or SETTINGS[options.setting].rounds
+                numbers = one(options.setting, name, seed, rounds, options.device)
                 path.write_text(json.dumps([numbers], indent=1))
                 print(f"{path.stem}: {100 * numbers['tail']:.2f} %, {numbers['seconds']:.0f} s", flush=True)
 
@@ -159,6 +161,7 @@ def main() -> None:
     parser.add_argument("--only", default="")
     parser.add_argument("--seeds", default="0")
     parser.add_argument("--rounds", type=int, help="default: the setting's own")
+    parser.add_argument("--device", default="cpu")
     options = parser.parse_args()
     if options.command == "run":
         return run(options)

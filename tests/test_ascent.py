@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import copy
+import math
 
 import pytest
 import torch
 from torch import nn
 
 import fedprior as fp
-from cases import equal
+from cases import classification_clients, equal
 from fedprior.inference.ascent import Descent
 from fedprior.objective import Objective
 from fedprior.rng import generator
@@ -88,3 +89,16 @@ def test_plain_descent_is_sgd() -> None:
         found.append(value.detach())
         assert torch.equal(frozen, torch.ones(2))
     assert torch.equal(*found)
+
+
+def test_batch_norm_and_a_last_batch_or_a_client_of_one() -> None:
+    net = nn.Sequential(nn.Linear(4, 6), nn.BatchNorm1d(6), nn.Linear(6, 3))
+    clients = classification_clients((21, 11, 1))
+    for algorithm in (
+        fp.fedavg(batch_size=10),
+        fp.scaffold(batch_size=10),
+        fp.fedsparse(batch_size=10, density=0.5),
+        fp.fedsparse(batch_size=10, lambda_0=0.1),
+    ):
+        result = fp.run(algorithm, net, clients, rounds=1)
+        assert "warning" not in result.summary() and math.isfinite(result.personalised(clients)[2]["after_nats"])

@@ -241,17 +241,6 @@ def test_of_equally_bad_units_one_stays() -> None:
     assert all(int((k > 0).sum()) == 1 for k in prior.project(eta._replace(keep=keep)).keep.values())
 
 
-def test_batch_norm_and_a_last_batch_of_one() -> None:
-    net = nn.Sequential(nn.Linear(4, 6), nn.BatchNorm1d(6), nn.Linear(6, 3))
-    clients = classification_clients((21, 11))
-    for algorithm in (
-        fp.fedavg(batch_size=10),
-        fp.fedsparse(batch_size=10, density=0.5),
-        fp.fedsparse(batch_size=10, lambda_0=0.1),
-    ):
-        assert "warning" not in fp.run(algorithm, net, clients, rounds=1).summary()
-
-
 def test_models_that_cannot_be_cut_everywhere() -> None:
     """Tied, parametrised and unscaled layers stay dense; frozen ones are gated; the rest of the model runs."""
     learned = {"lambda_0": 5.0, "gate_lr": 0.5, "epochs": 10}

@@ -21,7 +21,7 @@ from quadratics import SIZE, hessian, optimum
 
 DIAGONAL, FULL = quadratics.clients(diagonal=True), quadratics.clients()
 START = torch.full((SIZE,), 0.5).double()
-ONE_STEP: dict[str, Any] = {"lr": 1.0, "epochs": 1, "batch_size": None}
+ONE_STEP: dict[str, Any] = {"lr": 1.0, "epochs": 1, "batch_size": None, "levenberg": 0.0}
 NAMED = pytest.mark.parametrize("make", [fp.pvi, fp.fedep], ids=lambda f: f.__name__)
 
 
@@ -52,11 +52,38 @@ def test_one_undamped_round_is_the_product_posterior(make: Callable[..., fp.Algo
 def test_a_client_predicts_with_the_product_that_has_its_factor_once(make: Callable[..., fp.Algorithm]) -> None:
     """Those that took part are in q already; the last one, which did not, is added to it."""
     *seen, unseen = DIAGONAL
-    result = quadratics.run(make(precision=3.0, damping=1.0, **ONE_STEP), seen, 1)
+    result = quadratics.run(make(precision=3.0, damping=1.0, trust=1.0, **ONE_STEP), seen, 1)
     for client, mean in [*((c, product(seen, 3.0)[0]) for c in seen), (unseen, product(DIAGONAL, 3.0)[0])]:
         [phi] = result.personal(client).models
         assert torch.allclose(phi["weight"][0], mean, rtol=0, atol=1e-9)
     assert not torch.allclose(product(seen, 3.0)[0], product(DIAGONAL, 3.0)[0], atol=1e-3)
+
+
+@NAMED
+def test_a_client_that_trusts_the_others_less_predicts_with_a_power_of_their_product(
+    make: Callable[..., fp.Algorithm],
+) -> None:
+    """cavity^trust times the client's own likelihood, whose factor is not in the cavity."""
+    result = quadratics.run(make(precision=3.0, damping=1.0, trust=0.2, **ONE_STEP), DIAGONAL, 1)
+    for index, client in enumerate(DIAGONAL):
+        others, theirs = product([*DIAGONAL[:index], *DIAGONAL[index + 1 :]], 3.0)
+        own = len(client.train) * hessian(client)
+        mean = torch.linalg.solve(0.2 * theirs + own, 0.2 * theirs @ others + own @ optimum(client))
+        [phi] = result.personal(client).models
+        assert torch.allclose(phi["weight"][0], mean, rtol=0, atol=1e-9)
+
+
+def test_levenberg_shortens_steps_and_moves_no_fixed_point() -> None:
+    """One step goes L / (L + levenberg N_s) of the way, coordinate by coordinate; many arrive."""
+    client, objective, prior = DIAGONAL[1], Objective(quadratics.model(), "regression"), priors.Sites(3.0)
+    eta, examples = prior.init({"weight": START[None]}), len(DIAGONAL[1].train)
+    mean, matrix = product([client], 3.0)
+    for epochs in (1, 400):
+        e_step = inference.Sites(1.0, epochs, None, 1.0, levenberg=2.0)
+        q, _ = e_step.e_step(objective, prior, eta, client, None, generator(0, "sign"))
+        got = (eta.shift["weight"] + q.shift["weight"]) / (eta.precision["weight"] + q.precision["weight"])
+        left = (2.0 * examples / (matrix.diag() + 2.0 * examples)) ** epochs
+        assert torch.allclose(got[0], mean + left * (START - mean), rtol=0, atol=1e-9)
 
 
 @NAMED
@@ -91,7 +118,7 @@ def test_curvatures_are_unbiased() -> None:
     eta = prior.init(objective.params())
     draws = []
     for seed in range(300):
-        e_step = inference.Sites(1.0, 1, None, 1.0)
+        e_step = inference.Sites(1.0, 1, None, 1.0, levenberg=0.0)
         q, _ = e_step.e_step(objective, prior, eta, client, None, generator(seed, "sign"))
         draws.append(q.precision["weight"][0])
     values, wanted = torch.stack(draws), len(client.train) * hessian(client).diag()
@@ -121,8 +148,8 @@ def test_what_does_not_fit_is_refused() -> None:
     net = nn.Sequential(nn.BatchNorm1d(SIZE), nn.Linear(SIZE, 1)).double()
     with pytest.raises(ValueError, match="running means"):
         fp.run(fp.pvi(), net, FULL, rounds=1, loss="regression")
-    for wrong in ({"lr": 1.5}, {"damping": 0.0}, {"clients": 1}):
-        with pytest.raises(ValueError, match="need lr <= 1"):
+    for wrong in ({"lr": 1.5}, {"damping": 0.0}, {"clients": 1}, {"trust": 0.0}, {"levenberg": -1.0}):
+        with pytest.raises(ValueError, match="need lr, damping and trust"):
             inference.Sites(**wrong)
 
 

@@ -115,27 +115,32 @@ def fedpa(
 def pvi(
     lr: float = 0.1,
     precision: float = 100.0,
-    damping: float = 0.5,
+    damping: float = 0.25,
+    levenberg: float = 4.0,
+    trust: float = 0.03,
     epochs: int = 1,
     batch_size: int | None = 20,
 ) -> Algorithm:
     """Bui et al. 2018, arXiv:1811.11206: a Gaussian over shared weights, and a factor that each client refines.
 
-    `precision` is that of the prior around the initial model; a damping of 1 is none. One vote a client.
+    `precision` is that of the prior around the initial model; a damping of 1 is none. One vote a client. `levenberg`
+    makes steps more cautious; `trust` is how much a client believes the others when it predicts for itself.
     """
-    e_step = inference.Sites(lr, epochs, batch_size, damping)
+    e_step = inference.Sites(lr, epochs, batch_size, damping, levenberg=levenberg, trust=trust)
     return Algorithm(priors.Sites(precision), e_step, name="pvi")
 
 
 def fedep(
     lr: float = 0.1,
     precision: float = 100.0,
-    damping: float = 0.5,
+    damping: float = 0.25,
+    levenberg: float = 4.0,
+    trust: float = 0.03,
     epochs: int = 1,
     batch_size: int | None = 20,
 ) -> Algorithm:
     """Guo et al. 2023, arXiv:2302.04228: expectation propagation; tilted moments by Laplace's approximation."""
-    e_step = inference.Sites(lr, epochs, batch_size, damping, spread=0.1)
+    e_step = inference.Sites(lr, epochs, batch_size, damping, spread=0.1, levenberg=levenberg, trust=trust)
     return Algorithm(priors.Sites(precision), e_step, name="fedep")
 
 
@@ -143,10 +148,12 @@ def fedsep(
     lr: float = 0.1,
     clients: int = 100,
     precision: float = 100.0,
-    damping: float = 0.5,
+    damping: float = 0.25,
+    levenberg: float = 4.0,
+    trust: float = 0.03,
     epochs: int = 1,
     batch_size: int | None = 20,
 ) -> Algorithm:
     """Guo et al. 2023, arXiv:2302.04228: fedep whose clients keep nothing; `clients` is how many there are."""
-    e_step = inference.Sites(lr, epochs, batch_size, damping, spread=0.1, clients=clients)
+    e_step = inference.Sites(lr, epochs, batch_size, damping, 0.1, clients, levenberg, trust)
     return Algorithm(priors.Sites(precision), e_step, name="fedsep")

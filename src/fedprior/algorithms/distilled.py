@@ -30,7 +30,7 @@ def pfedbred(
 def fedppd(
     lr: float = 0.05,
     student_lr: float | None = None,
-    temperature: float = 1.0,
+    temperature: float = 0.1,
     epochs: int = 2,
     batch_size: int | None = 20,
     weighting: Weighting = "examples",

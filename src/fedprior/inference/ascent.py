@@ -35,10 +35,11 @@ def batches(
 ) -> Iterator[Examples]:
     """Each epoch in a new order; the last batch of an epoch may be smaller. A size of None is the whole set.
 
-    A last batch of fewer than `smallest` examples joins the one before.
+    A last batch of fewer than `smallest` examples joins the one before; a client that has fewer sees them repeatedly.
     """
     for _ in range(epochs):
         order = torch.randperm(len(data), generator=rng).to(data.x.device)
+        order = order.repeat(-(-smallest // len(order)))[: max(smallest, len(order))]
         x, y = data.x.index_select(0, order), data.y.index_select(0, order)
         sizes = batch_sizes(len(data), size, smallest)
         yield from map(Examples, x.split(sizes), y.split(sizes))
@@ -46,6 +47,7 @@ def batches(
 
 def batch_sizes(examples: int, size: int | None, smallest: int = 1) -> list[int]:
     """The sizes of an epoch's batches, as `batches` makes them."""
+    examples = max(examples, smallest)
     size = min(size or examples, examples)
     sizes = [size] * (examples // size) + [examples % size] * (examples % size > 0)
     if len(sizes) > 1 and sizes[-1] < smallest:
