@@ -117,7 +117,7 @@ def test_a_network_of_convolutions_and_pools_is_pytorchs() -> None:
     expected, layers = of_module(net, x), faster(net)
     for layer, forward in layers:
         layer.forward = forward
-    assert len(layers) == 4
+    assert len(layers) == 5
     for ours, theirs in zip(of_module(net, x), expected, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-12)
 
