@@ -107,8 +107,10 @@ def _pooled(layer: nn.MaxPool2d, x: Tensor) -> Any:
 
 
 def _flat(layer: nn.Flatten, x: Tensor) -> Tensor:
-    """Where examples are last in memory, they stay there."""
-    return x.permute(1, 2, 3, 0).reshape(-1, len(x)).t() if _last(x) else nn.Flatten.forward(layer, x)
+    """Where examples are last in memory, they stay there; but products for fewer than 16 of them take ten times as long."""
+    if not _last(x) or len(x) < 16:
+        return nn.Flatten.forward(layer, x)
+    return x.permute(1, 2, 3, 0).reshape(-1, len(x)).t()
 
 
 def _products(layer: nn.Conv2d, x: Tensor) -> Any:
