@@ -38,31 +38,43 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 _NORMS = (nn.GroupNorm, nn.modules.batchnorm._NormBase)
-_MOST = 750_000  # values in the patches of a batch: more do not stay near the processor, and PyTorch is faster
+_BLOCK = 16  # PyTorch computes convolutions in blocks of so many channels and filters, whether they are there or not
+_MOST, _MOST_OF_FEW = (
+    750_000,
+    8_000_000,
+)  # values in a batch's patches above which PyTorch is faster; in half-empty blocks
 
 
 def faster(model: nn.Module) -> list[tuple[nn.Module, Callable[..., Any]]]:
     """The layers of a model that have a faster `forward`, and that.
 
-    Norms want channels before pixels, and examples first: with them, convolutions of many channels stay.
+    Norms want channels before pixels, and examples first: with them, convolutions of many channels stay. Where a
+    convolution's blocks are full, PyTorch is as fast, and all stay.
     """
     found: list[tuple[nn.Module, Callable[..., Any]]] = []
     norms = any(isinstance(m, _NORMS) for m in model.modules())
+    products = not norms and not any(_filled(m) == 1 for m in model.modules() if type(m) is nn.Conv2d)
     for m in model.modules():
         if type(m) is nn.GRU and m.num_layers == 1 and m.bias and not m.bidirectional:
             found.append((m, partial(_gru, m)))
-        elif type(m) is nn.MaxPool2d and not m.return_indices:
+        elif type(m) is nn.MaxPool2d and not m.return_indices and products:
             found.append((m, partial(_pooled, m)))
-        elif type(m) is nn.Flatten and (m.start_dim, m.end_dim) == (1, -1) and not norms:
+        elif type(m) is nn.Flatten and (m.start_dim, m.end_dim) == (1, -1) and products:
             found.append((m, partial(_flat, m)))
         elif type(m) is not nn.Conv2d or m.padding_mode != "zeros" or isinstance(m.padding, str):
             continue
         elif m.kernel_size == (1, 1):
             if m.stride != (1, 1) and m.padding == (0, 0):
                 found.append((m, partial(_pixels, m)))
-        elif m.dilation == (1, 1) and m.groups == 1 and (m.in_channels == 1 or not norms):
-            found.append((m, partial(_grey if norms else _products, m)))
+        elif m.dilation == (1, 1) and m.groups == 1 and (products or (norms and m.in_channels == 1)):
+            found.append((m, partial(_products if products else _grey, m)))
     return found
+
+
+def _filled(layer: nn.Conv2d) -> float:
+    """How much of PyTorch's blocks a convolution fills."""
+    sizes = layer.in_channels, layer.out_channels
+    return math.prod(sizes) / max(1, math.prod(-(-size // _BLOCK) * _BLOCK for size in sizes))
 
 
 def _pixels(layer: nn.Conv2d, x: Tensor) -> Tensor:
@@ -107,7 +119,7 @@ def _pooled(layer: nn.MaxPool2d, x: Tensor) -> Any:
 
 
 def _flat(layer: nn.Flatten, x: Tensor) -> Tensor:
-    """Where examples are last in memory, they stay there; but products for fewer than 16 of them take ten times as long."""
+    """Where examples are last in memory, they stay there; but of fewer than 16, gradients take ten times as long."""
     if not _last(x) or len(x) < 16:
         return nn.Flatten.forward(layer, x)
     return x.permute(1, 2, 3, 0).reshape(-1, len(x)).t()
@@ -117,7 +129,8 @@ def _products(layer: nn.Conv2d, x: Tensor) -> Any:
     sizes = zip(x.shape[-2:], layer.padding, layer.kernel_size, layer.stride, strict=True)
     places = [(n + 2 * int(p) - k) // s + 1 for n, p, k, s in sizes]
     values = len(x) * layer.weight[0].numel() * math.prod(places)
-    if not x.is_cpu or x.dim() != 4 or min(places) < 1 or values > _MOST:
+    most = _MOST if _filled(layer) > 0.5 else _MOST_OF_FEW
+    if not x.is_cpu or x.dim() != 4 or min(places) < 1 or values > most:
         return nn.Conv2d.forward(layer, x)
     return _Products.apply(x, layer.weight, layer.bias, layer.stride, layer.padding, places)
 
