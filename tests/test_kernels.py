@@ -26,9 +26,13 @@ LAYERS: dict[str, tuple[Callable[[], nn.Module], Tensor]] = {
     "1 x 1, groups": (lambda: nn.Conv2d(4, 6, 1, stride=(3, 1), groups=2, bias=False), drawn(3, 4, 7, 6)),
     "patches": (lambda: nn.Conv2d(3, 6, 3), drawn(3, 3, 7, 6)),
     "patches, strides": (lambda: nn.Conv2d(3, 6, (3, 2), (1, 2), (2, 1), bias=False), drawn(3, 3, 7, 6)),
-    "patches, more than fit": (lambda: nn.Conv2d(3, 2, 5), drawn(50, 3, 20, 20)),
+    "patches, more than fit": (lambda: nn.Conv2d(15, 14, 5), drawn(10, 15, 20, 20)),
+    "flat": (lambda: nn.Flatten(), drawn(3, 2, 5, 4)),
+    "flat, examples last": (lambda: nn.Flatten(), drawn(5, 2, 4, 20).permute(3, 1, 0, 2)),
+    "flat, few examples last": (lambda: nn.Flatten(), drawn(5, 2, 4, 3).permute(3, 1, 0, 2)),
     "a pool": (lambda: nn.MaxPool2d(2), drawn(3, 2, 5, 4).round()),
-    "a pool, examples last": (lambda: nn.MaxPool2d(3, 2, 1), drawn(2, 7, 6, 3).round().permute(3, 0, 1, 2)),
+    "a pool, examples last": (lambda: nn.MaxPool2d(3, 2, 1), drawn(7, 2, 6, 3).round().permute(3, 1, 0, 2)),
+    "a pool, rounded up": (lambda: nn.MaxPool2d((3, 2), ceil_mode=True), drawn(7, 2, 5, 3).round().permute(3, 1, 0, 2)),
     "grey": (lambda: nn.Conv2d(1, 6, 3), drawn(3, 1, 7, 6)),
     "grey, strides": (lambda: nn.Conv2d(1, 6, (3, 2), (1, 2), (2, 1), bias=False), drawn(3, 1, 7, 6)),
 }
@@ -89,6 +93,8 @@ def test_grey_images_beside_a_norm(name: str, constant: bool) -> None:
         nn.Conv2d(1, 6, 3, padding="same"),
         nn.Conv2d(1, 6, 3, padding=1, padding_mode="circular"),
         nn.Conv2d(1, 6, 3, dilation=2),
+        nn.Sequential(nn.Conv2d(1, 16, 3), nn.MaxPool2d(2), nn.Conv2d(16, 32, 3), nn.Flatten()),
+        nn.Flatten(2),
         nn.utils.parametrizations.weight_norm(nn.Conv2d(4, 6, 1, stride=2)),
     ],
     ids=str,
@@ -117,7 +123,7 @@ def test_a_network_of_convolutions_and_pools_is_pytorchs() -> None:
     expected, layers = of_module(net, x), faster(net)
     for layer, forward in layers:
         layer.forward = forward
-    assert len(layers) == 4
+    assert len(layers) == 5
     for ours, theirs in zip(of_module(net, x), expected, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-12)
 

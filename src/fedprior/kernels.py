@@ -13,14 +13,16 @@ so that a step back takes three operations, and the weights' gradients one matri
 
 **1 x 1 convolutions with a stride** (the shortcuts of residual networks) read every s-th pixel: those are taken first.
 
-**Convolutions** of few values are matrix products. With P (size, places) the patches that the filters W (filters, size)
-see, a place being (row, column, example) in this order,
+**Convolutions** of few values are matrix products. An image lies in memory as (row, channel, column, example). Its
+strips S (row, j, channel, column, example) hold what column j of a filter sees; the patches P_r (size, columns *
+examples) that a row r of the result sees are then consecutive rows of S, and need no copy of their own:
 
-    Y = W P + b,    dW = dY P^T,    dP = W^T dY,    dx = what dP has for each pixel, added up: over columns, then rows
+    Y_r = W P_r + b,    dW = sum_r dY_r P_r^T,    dS = what W^T dY_r has for each of its rows, added up
 
-Examples are last in memory, so that patches are copied and added up in runs of a row of the whole batch; beside norms,
-where only images of one channel are done so, each example has a product of its own.
-**Max-pooling** of what they give is PyTorch's for channels that are last, with examples and channels changed over.
+and dx adds up dS over j. Examples are last, so that a row of the whole batch is copied and added up in one run; beside
+norms, where only images of one channel are done so, each example has patches and a product of its own.
+**Max-pooling** of what they give is PyTorch's of a volume whose channels are last: examples take their part. **Flat**
+values stay in that order.
 """
 
 from __future__ import annotations
@@ -36,29 +38,43 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 _NORMS = (nn.GroupNorm, nn.modules.batchnorm._NormBase)
-_MOST = 750_000  # values in the patches of a batch: more do not stay near the processor, and PyTorch is faster
+_BLOCK = 16  # PyTorch computes convolutions in blocks of so many channels and filters, whether they are there or not
+_MOST, _MOST_OF_FEW = (
+    750_000,
+    8_000_000,
+)  # values in a batch's patches above which PyTorch is faster; in half-empty blocks
 
 
 def faster(model: nn.Module) -> list[tuple[nn.Module, Callable[..., Any]]]:
     """The layers of a model that have a faster `forward`, and that.
 
-    Norms want channels before pixels, and examples first: with them, convolutions of many channels stay.
+    Norms want channels before pixels, and examples first: with them, convolutions of many channels stay. Where a
+    convolution's blocks are full, PyTorch is as fast, and all stay.
     """
     found: list[tuple[nn.Module, Callable[..., Any]]] = []
     norms = any(isinstance(m, _NORMS) for m in model.modules())
+    products = not norms and not any(_filled(m) == 1 for m in model.modules() if type(m) is nn.Conv2d)
     for m in model.modules():
         if type(m) is nn.GRU and m.num_layers == 1 and m.bias and not m.bidirectional:
             found.append((m, partial(_gru, m)))
-        elif type(m) is nn.MaxPool2d and not m.return_indices:
+        elif type(m) is nn.MaxPool2d and not m.return_indices and products:
             found.append((m, partial(_pooled, m)))
+        elif type(m) is nn.Flatten and (m.start_dim, m.end_dim) == (1, -1) and products:
+            found.append((m, partial(_flat, m)))
         elif type(m) is not nn.Conv2d or m.padding_mode != "zeros" or isinstance(m.padding, str):
             continue
         elif m.kernel_size == (1, 1):
             if m.stride != (1, 1) and m.padding == (0, 0):
                 found.append((m, partial(_pixels, m)))
-        elif m.dilation == (1, 1) and m.groups == 1 and (m.in_channels == 1 or not norms):
-            found.append((m, partial(_grey if norms else _products, m)))
+        elif m.dilation == (1, 1) and m.groups == 1 and (products or (norms and m.in_channels == 1)):
+            found.append((m, partial(_products if products else _grey, m)))
     return found
+
+
+def _filled(layer: nn.Conv2d) -> float:
+    """How much of PyTorch's blocks a convolution fills."""
+    sizes = layer.in_channels, layer.out_channels
+    return math.prod(sizes) / max(1, math.prod(-(-size // _BLOCK) * _BLOCK for size in sizes))
 
 
 def _pixels(layer: nn.Conv2d, x: Tensor) -> Tensor:
@@ -85,19 +101,36 @@ class _Pixels(torch.autograd.Function):
         return dx, None, None
 
 
+def _last(x: Tensor) -> bool:
+    """Are examples last in memory, as `_Products` gives them?"""
+    return x.is_cpu and x.dim() == 4 and not x.is_contiguous() and x.permute(2, 1, 3, 0).is_contiguous()
+
+
 def _pooled(layer: nn.MaxPool2d, x: Tensor) -> Any:
-    """Where examples are last in memory, they take the channels' part: pooling treats both alike."""
-    forward: Any = nn.MaxPool2d.forward
-    if not x.is_cpu or x.dim() != 4 or x.is_contiguous() or not x.permute(1, 2, 3, 0).is_contiguous():
-        return forward(layer, x)
-    return forward(layer, x.transpose(0, 1)).transpose(0, 1)
+    """Where examples are last in memory, they take the channels' part, and channels that of rows in a volume."""
+    if not _last(x):
+        return nn.MaxPool2d.forward(layer, x)
+    sizes = layer.kernel_size, layer.stride, layer.padding, layer.dilation
+    pairs = [(s, s) if isinstance(s, int) else tuple(s) for s in sizes]
+    volume = [(down, same, right) for (down, right), same in zip(pairs, (1, 1, 0, 1), strict=True)]
+    pool: Any = F.max_pool3d
+    y = pool(x.permute(2, 1, 3, 0)[None].permute(0, 4, 1, 2, 3), *volume, layer.ceil_mode)
+    return y.permute(0, 2, 3, 4, 1).squeeze(0).permute(3, 1, 0, 2)
+
+
+def _flat(layer: nn.Flatten, x: Tensor) -> Tensor:
+    """Where examples are last in memory, they stay there; but of fewer than 16, gradients take ten times as long."""
+    if not _last(x) or len(x) < 16:
+        return nn.Flatten.forward(layer, x)
+    return x.permute(1, 2, 3, 0).reshape(-1, len(x)).t()
 
 
 def _products(layer: nn.Conv2d, x: Tensor) -> Any:
     sizes = zip(x.shape[-2:], layer.padding, layer.kernel_size, layer.stride, strict=True)
     places = [(n + 2 * int(p) - k) // s + 1 for n, p, k, s in sizes]
     values = len(x) * layer.weight[0].numel() * math.prod(places)
-    if not x.is_cpu or x.dim() != 4 or min(places) < 1 or values > _MOST:
+    most = _MOST if _filled(layer) > 0.5 else _MOST_OF_FEW
+    if not x.is_cpu or x.dim() != 4 or min(places) < 1 or values > most:
         return nn.Conv2d.forward(layer, x)
     return _Products.apply(x, layer.weight, layer.bias, layer.stride, layer.padding, places)
 
@@ -108,11 +141,9 @@ def _grey(layer: nn.Conv2d, x: Tensor) -> Any:
     return _Grey.apply(x, layer.weight, layer.bias, layer.stride, layer.padding)
 
 
-def _windows(x: Tensor, w: Tensor, stride: Any, padding: Any) -> tuple[Tensor, Tensor]:
-    """x, of rows and columns in its second and third dimension, with a margin; and its windows, as two more."""
-    if any(padding):
-        x = F.pad(x, [0] * 2 * (x.dim() - 3) + [p for p in reversed(padding) for _ in range(2)])
-    return x, x.unfold(1, w.shape[2], stride[0]).unfold(2, w.shape[3], stride[1])
+def _padded(x: Tensor, padding: Any) -> Tensor:
+    """With a margin around its last two dimensions."""
+    return F.pad(x, [p for p in reversed(padding) for _ in range(2)]) if any(padding) else x
 
 
 class _Grey(torch.autograd.Function):
@@ -120,7 +151,7 @@ class _Grey(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, w: Tensor, b: Tensor | None, stride: Any, padding: Any) -> Tensor:
-        _, windows = _windows(x[:, 0], w, stride, padding)
+        windows = _padded(x[:, 0], padding).unfold(1, w.shape[2], stride[0]).unfold(2, w.shape[3], stride[1])
         patches = windows.permute(0, 3, 4, 1, 2).reshape(len(x), w[0].numel(), -1)
         ctx.save_for_backward(patches)
         ctx.size = w.shape
@@ -137,42 +168,44 @@ class _Grey(torch.autograd.Function):
 
 
 class _Products(torch.autograd.Function):
-    """A convolution by patches, (n, channels, ...) -> (n, filters, ...), with examples last in memory."""
+    """A convolution by strips, (n, channels, ...) -> (n, filters, ...), with examples last in memory."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, w: Tensor, b: Tensor | None, stride: Any, padding: Any, places: Any) -> Tensor:
-        filters = len(w)
-        padded, windows = _windows(x.permute(1, 2, 3, 0).contiguous(), w, stride, padding)
-        patches = windows.permute(4, 5, 0, 1, 2, 3).reshape(w[0].numel(), -1)
-        weights = w.permute(0, 2, 3, 1).reshape(filters, -1)
-        ctx.save_for_backward(patches, weights)
-        ctx.stride, ctx.padding, ctx.places, ctx.size, ctx.padded = stride, padding, places, w.shape, padded.shape
-        y = weights @ patches if b is None else torch.addmm(b[:, None], weights, patches)
-        return y.view(filters, *places, -1).permute(3, 0, 1, 2)
+        padded = _padded(x, padding).permute(2, 1, 3, 0).contiguous()
+        strips = padded.unfold(2, w.shape[3], stride[1]).permute(0, 4, 1, 2, 3).contiguous()
+        row, size, length = strips[0, :, :, 0, 0].numel(), w[0].numel(), strips[0, 0, 0].numel()
+        seen = strips.as_strided((places[0], size, length), (stride[0] * row * length, length, 1))
+        weights = w.permute(0, 2, 3, 1).reshape(len(w), -1)
+        ctx.save_for_backward(seen, weights)
+        ctx.stride, ctx.padding, ctx.size, ctx.padded, ctx.strips = stride, padding, w.shape, padded.shape, strips.shape
+        every = weights.expand(places[0], -1, -1)
+        y = torch.bmm(every, seen) if b is None else torch.baddbmm(b[:, None], every, seen)
+        return y.view(places[0], len(w), places[1], -1).permute(3, 1, 0, 2)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
         """Of the image, of the filters and their biases."""
-        (patches, weights), (filters, channels, rows, columns) = ctx.saved_tensors, ctx.size
-        dy = grads[0].permute(1, 2, 3, 0).reshape(filters, -1)
-        dw = (dy @ patches.t()).view(filters, rows, columns, channels).permute(0, 3, 1, 2)
-        dx = _spread(ctx, weights.t() @ dy) if ctx.needs_input_grad[0] else None
-        return dx, dw, dy.sum(1) if ctx.needs_input_grad[2] else None, None, None, None
+        (seen, weights), (filters, channels, rows, columns) = ctx.saved_tensors, ctx.size
+        dy = grads[0].permute(2, 1, 3, 0).reshape(len(seen), filters, -1)
+        dw = torch.bmm(dy, seen.transpose(1, 2)).sum(0).view(filters, rows, columns, channels).permute(0, 3, 1, 2)
+        dx = _spread(ctx, weights, dy) if ctx.needs_input_grad[0] else None
+        return dx, dw, dy.sum((0, 2)) if ctx.needs_input_grad[2] else None, None, None, None
 
 
-def _spread(ctx: Any, of_patches: Tensor) -> Tensor:
-    """The gradient of x from that of the patches."""
-    (_, channels, rows, columns), (high, wide) = ctx.size, ctx.places
-    (_, height, width, examples), (down, right), (top, left) = ctx.padded, ctx.stride, ctx.padding
-    of_patches = of_patches.view(rows, columns, channels, high, wide, examples)
-    of_rows = of_patches.new_zeros(rows, channels, high, width, examples)
-    for j in range(columns):
-        of_rows[:, :, :, j : j + right * (wide - 1) + 1 : right].add_(of_patches[:, j])
-    dx = of_patches.new_zeros(ctx.padded)
+def _spread(ctx: Any, weights: Tensor, dy: Tensor) -> Tensor:
+    """The gradient of x."""
+    (high, filters, length), (_, channels, rows, columns) = dy.shape, ctx.size
+    (height, *_, wide, _), (down, right), (top, left) = ctx.strips, ctx.stride, ctx.padding
+    of_strips, dx = dy.new_zeros(height, columns * channels, length), dy.new_zeros(ctx.padded)
+    by_row = weights.view(filters, rows, -1).expand(high, -1, -1, -1).transpose(1, 3)
     for i in range(rows):
-        dx[:, i : i + down * (high - 1) + 1 : down].add_(of_rows[i])
-    return dx[:, top : height - top, left : width - left].permute(3, 0, 1, 2)
+        of_strips[i : i + down * (high - 1) + 1 : down].baddbmm_(by_row[:, :, i], dy)
+    of_strips = of_strips.view(ctx.strips)
+    for j in range(columns):
+        dx[:, :, j : j + right * (wide - 1) + 1 : right].add_(of_strips[:, j])
+    return dx[top : height - top, :, left : dx.shape[2] - left].permute(3, 1, 0, 2)
 
 
 def _gru(layer: nn.GRU, x: Any, h: Tensor | None = None) -> Any:

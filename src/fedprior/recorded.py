@@ -3,6 +3,7 @@
 Autograd's bookkeeping takes as long as the arithmetic of a small network. The operations that it calls for tensors of
 one shape are always the same, forward and backward, as long as the function decides nothing by its values: they are
 recorded once, below autograd, and run again on other values. The same operations in the same order give the same bits.
+Views compute nothing: one of a view is written as one of what lies below both.
 
 A recorded function must not draw a different course from call to call: `may_be_recorded` allows networks that are put
 together from PyTorch's own layers and the library's, whose operations are few.
@@ -24,6 +25,7 @@ LONG = (nn.RNNBase, nn.MultiheadAttention)
 OWN = ("torch.nn.modules.", "fedprior.models.networks")
 MOST, ROOM = 64, 2**30  # shapes, and bytes of the inputs of graphs, which keep several times as much
 Function = Callable[..., tuple[Any, ...]]
+_UNSAFE = torch.ops.aten._unsafe_view.default  # a view that does not say so
 
 
 def may_be_recorded(model: nn.Module) -> bool:
@@ -37,7 +39,8 @@ def may_be_recorded(model: nn.Module) -> bool:
 class Programs:
     """The recorded calls of one function, for each shape of its tensors; further shapes than `MOST` run as they are.
 
-    On a GPU, a shape that comes again is captured as a CUDA graph, as long as there is `ROOM`.
+    Recording takes as long as a few calls: it is done when a shape comes for the second time. On a GPU, one that comes
+    again is captured as a CUDA graph, as long as there is `ROOM`.
     """
 
     def __init__(self, function: Function) -> None:
@@ -49,9 +52,11 @@ class Programs:
         key = tuple([(t.shape, t.stride(), t.dtype, t.device) for t in inputs])
         program = self._programs.get(key)
         if program is None:
-            if len(self._programs) >= MOST:
-                return self._function(*inputs)
-            self._programs[key], outputs = record(self._function, *inputs)
+            if len(self._programs) < MOST:
+                self._programs[key] = self._function
+            return self._function(*inputs)
+        if program is self._function:
+            self._programs[key], outputs = record(program, *inputs)
             return outputs
         if inputs[0].is_cuda and not isinstance(program, Graph):
             size = sum(t.nbytes for t in inputs)
@@ -86,15 +91,19 @@ class _Recorder(TorchDispatchMode):
         self._names: dict[int, str] = {}
         self._values: dict[str, Any] = {}
         self._lines: list[tuple[list[str], set[str], str, bool]] = []  # what it sets, reads; its text; must it stay?
+        self._bases: dict[int, Tensor] = {}  # of views
         self._inputs = [self._named(t, "x") for t in inputs]
+        self._given = {t.untyped_storage().data_ptr() for t in self._alive}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Run, and write down."""
-        kwargs, reads = kwargs or {}, set()
+        outputs = func(*args, **(kwargs or {}))
+        if view := self._view(func, args, outputs):
+            func, args, kwargs = torch.ops.aten.as_strided.default, view, {}
+        reads: set[str] = set()
         given = [self._text(a, reads) for a in args]
-        given += [f"{k}={self._text(v, reads)}" for k, v in kwargs.items()]
-        outputs = func(*args, **kwargs)
-        if func is torch.ops.aten.detach.default:
+        given += [f"{k}={self._text(v, reads)}" for k, v in (kwargs or {}).items()]
+        if len(args) == 1 and view:
             self._alive.append(outputs)
             self._names[id(outputs)] = given[0]
             return outputs
@@ -120,6 +129,23 @@ class _Recorder(TorchDispatchMode):
         exec(f"def program({', '.join(self._inputs)}):\n    {body}", scope)
         return scope.pop("program")  # else it would hold itself, and be freed late
 
+    def _view(self, func: Any, args: Any, view: Any) -> tuple[Any, ...]:
+        """What `as_strided` makes a view of: what lies below all views, size, strides and where it begins.
+
+        Only the first of these where they are the same; nothing where it is no view, or begins in the midst of an
+        input, whose place in memory is another one in every call.
+        """
+        if not (func.is_view or func is _UNSAFE) or not isinstance(view, Tensor) or view.layout is not torch.strided:
+            return ()
+        base: Any = self._bases.get(id(args[0]), args[0])
+        moved = view.storage_offset() != base.storage_offset()
+        astray = moved and base.untyped_storage().data_ptr() in self._given
+        if astray or view.dtype != base.dtype or view.is_complex():
+            return ()
+        self._bases[id(view)] = base
+        same = (base.shape, base.stride()) == (view.shape, view.stride()) and not moved
+        return (base,) if same else (base, view.shape, view.stride(), *[view.storage_offset()] * moved)
+
     def _named(self, tensor: Tensor, kind: str) -> str:
         if id(tensor) not in self._names:
             self._alive.append(tensor)
@@ -134,8 +160,10 @@ class _Recorder(TorchDispatchMode):
 
     def _text(self, value: Any, reads: set[str]) -> str:
         """An argument as Python text."""
-        if isinstance(value, list | tuple):
+        if isinstance(value, list):
             return f"[{', '.join(self._text(v, reads) for v in value)}]"
+        if isinstance(value, tuple):
+            return repr(tuple(value))
         if isinstance(value, Tensor):
             name = self._names.get(id(value)) or self._value(value, "c")
             reads.add(name)
