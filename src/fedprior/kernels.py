@@ -39,10 +39,8 @@ from torch.autograd.function import once_differentiable
 
 _NORMS = (nn.GroupNorm, nn.modules.batchnorm._NormBase)
 _BLOCK = 16  # PyTorch computes convolutions in blocks of so many channels and filters, whether they are there or not
-_MOST, _MOST_OF_FEW = (
-    750_000,
-    8_000_000,
-)  # values in a batch's patches above which PyTorch is faster; in half-empty blocks
+# values in the patches of a batch above which PyTorch is faster, and where its blocks are half empty
+_MOST, _MOST_OF_FEW = 750_000, 8_000_000
 
 
 def faster(model: nn.Module) -> list[tuple[nn.Module, Callable[..., Any]]]:
