@@ -14,7 +14,7 @@ import fedprior as fp
 import quadratics
 from cases import close
 from fedprior import inference, posteriors, priors, tree
-from fedprior.inference import mean_field
+from fedprior.inference import draws
 from fedprior.objective import Objective
 from fedprior.rng import generator
 from quadratics import SIZE, hessian, optimum
@@ -120,12 +120,14 @@ def test_its_state_goes_on() -> None:
 
 
 MISTAKES: dict[str, tuple[Any, str, Callable[[Any], Any]]] = {
-    "draws at twice the width": (
-        mean_field,
-        "draw",
-        lambda f: lambda m, w, n, g: f(m, {k: v + 0.7 for k, v in w.items()}, n, g),
+    "draws at twice the width": (draws, "_noise", lambda f: lambda *a: tree.map(lambda e: 2 * e, f(*a))),
+    "no noise": (draws, "_noise", lambda f: lambda *a: tree.map(torch.zeros_like, f(*a))),
+    "no pull on the mean": (
+        draws,
+        "_pull",
+        lambda f: lambda *a: (f(*a)[0], tree.map(torch.zeros_like, a[1]), *f(*a)[2:]),
     ),
-    "no noise": (mean_field, "draw", lambda f: lambda m, w, n, g: {k: m[k] for k in n}),
+    "no entropy": (draws, "_pull", lambda f: lambda *a: (*f(*a)[:3], tree.map(torch.zeros_like, a[2]))),
     "variance for the prior's precision": (
         priors.LearnedScale,
         "log_prob",

@@ -56,7 +56,7 @@ def batch_sizes(examples: int, size: int | None, smallest: int = 1) -> list[int]
 
 
 def ascend(
-    bound: Callable[[Tensor, Tensor], Tensor],
+    bound: Callable[[Tensor, Tensor], Tensor] | None,
     data: Examples,
     optimizers: Sequence[torch.optim.Optimizer | Descent],
     epochs: int,
@@ -71,10 +71,11 @@ def ascend(
     """Maximise `bound(x, y)`, in nats per example, over what the optimisers hold: `steps` steps a mini-batch.
 
     `before_step` sees the gradients (of minus the bound) and the values they belong to; `after_step` is called when a
-    mini-batch is done. `differentiate` sets the gradients where that is done without the bound.
+    mini-batch is done. `differentiate` sets the gradients where that is done without the bound, which may be None then.
     """
 
     def backward(x: Tensor, y: Tensor) -> None:
+        assert bound is not None
         value = bound(x, y)
         value.backward(value.new_tensor(-1.0))
 

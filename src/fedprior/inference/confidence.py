@@ -5,7 +5,7 @@ r"""Variational EM on the client: its confidence, then a Gaussian over its head,
     base     psi by SGD on  sum_i E_q log p(y_i | f(x_i; psi, phi)),  q held
 
 Each line is a step up in one of rho_s, q and psi on the bound of all three. Both phases take one draw of the head a
-mini-batch (inference/mean_field.py) and divide the bound by N_s. The state is q. A client never seen begins at m = mu
+mini-batch (inference/draws.py) and divide the bound by N_s. The state is q. A client never seen begins at m = mu
 and sigma = rho_0. Personal predictions are those of `draws` draws.
 
 Zhu, Ma, Blaschko 2023, arXiv:2305.12557 (pFedVEM); the order of the three lines is that of the paper's code. Ours: one
@@ -23,7 +23,7 @@ from torch import Tensor
 from fedprior import posteriors, tree
 from fedprior.core import Client, Eta, Params
 from fedprior.inference.ascent import Epochs
-from fedprior.inference.mean_field import climb, mixed_draws
+from fedprior.inference.draws import climb, mixed_draws
 from fedprior.objective import Objective
 from fedprior.priors.parts import take
 

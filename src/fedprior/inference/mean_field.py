@@ -2,7 +2,7 @@ r"""Mean-field variational Bayes: a Gaussian with a width for every weight, by S
 
     q = N(m, diag s^2) maximises (1/N_s) [ sum_i E_q log p(y_i | f(x_i; phi)) - zeta KL(q || p(. | eta)) ]
     -KL = log_prob(eta, T(q)) + sum_j log s_j,     up to a constant
-    each step: one draw phi = m + s e, e ~ N(0, I), and a step of SGD in (m, log s)
+    each step: one draw phi = m + s e, e ~ N(0, I), and a step of SGD in (m, log s) (inference/draws.py)
 
 (m, log s) is the client's state, from which its next E-step begins; a new client begins at the prior's point and
 `spread`. Running means and other untrained entries keep their width. zeta = 1 is Bayes' rule. Personal predictions are
@@ -11,13 +11,12 @@ those of `draws` draws.
     paper   code        shape                    paper   code      shape
     s       exp(wide)   as the parameters        zeta    zeta      scalar
 
-Zhang et al. 2022, arXiv:2206.07977 (pFedBayes), eq. 5; Blundell et al. 2015, arXiv:1505.05424.
+Zhang et al. 2022, arXiv:2206.07977 (pFedBayes), eq. 5.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,7 +25,8 @@ from torch import Tensor
 
 from fedprior import posteriors, tree
 from fedprior.core import Client, Eta, Params
-from fedprior.inference.ascent import Descent, Epochs, ascend, detached, leaves
+from fedprior.inference.ascent import Epochs
+from fedprior.inference.draws import climb, mixed_draws
 from fedprior.objective import Objective
 
 
@@ -82,50 +82,3 @@ class MeanField(Epochs):
         q, _ = self.e_step(objective, prior, eta, client, state, rng)
         wide = tree.map(lambda p: -0.5 * p.log(), q.precision)
         return mixed_draws(q.phi, {k: wide[k] for k in objective.trainable}, self.draws, rng)
-
-
-def climb(
-    how: Epochs,
-    objective: Objective,
-    m: Params,
-    wide: Params,
-    term: Callable[[Params, Params], Tensor],
-    client: Client,
-    rng: torch.Generator,
-    names: Collection[str] | None = None,
-) -> tuple[Params, Params]:
-    """m and wide after SGD in both, of the parameters `names`, or all.
-
-    Args:
-        how: rate, epochs and batches.
-        objective: the model and its loss.
-        m: the means, and values of what has no width.
-        wide: log s of those that have one.
-        term: (m, wide) -> minus the divergence, in nats per example.
-        client: whose examples.
-        rng: of batches and draws.
-        names: what is trained; the rest is held, and drawn if it has a width.
-    """
-    m, trained = leaves(objective, m, names)
-    wide = {k: w.detach().clone().requires_grad_(m[k].requires_grad) for k, w in wide.items()}
-    widths = [w for w in wide.values() if w.requires_grad]
-    drawn = [k for k in objective.trainable if k in wide]
-
-    def bound(x: Tensor, y: Tensor) -> Tensor:
-        return objective.log_lik(m | draw(m, wide, drawn, rng), x, y) + term(m, wide)
-
-    objective.train()
-    optimizers, smallest = [Descent([*trained, *widths], how.lr)], objective.smallest_batch
-    ascend(bound, client.train, optimizers, how.epochs, how.batch_size, rng, smallest=smallest)
-    return detached(m), detached(wide)
-
-
-def mixed_draws(m: Params, wide: Params, draws: int, rng: torch.Generator) -> posteriors.Predictive:
-    """Equal weights for draws of N(m, exp(wide)^2); what has no width stays at m."""
-    return posteriors.Predictive.equal([m | draw(m, wide, wide, rng) for _ in range(draws)])
-
-
-def draw(m: Params, wide: Params, names: Iterable[str], rng: torch.Generator) -> Params:
-    """m + exp(wide) e of the parameters `names`."""
-    noise = {k: torch.randn(m[k].shape, generator=rng, dtype=m[k].dtype).to(m[k].device) for k in names}
-    return {k: m[k] + wide[k].exp() * e for k, e in noise.items()}

@@ -73,10 +73,8 @@ class Sites:
         check_steps(self.lr, self.epochs, self.batch_size)
         parts = all(0 < v <= 1 for v in (self.lr, self.damping, self.trust))
         if not (parts and self.spread > 0 and self.levenberg >= 0 and (self.clients or 2) >= 2):
-            raise ValueError(
-                "need lr, damping and trust in (0, 1], spread > 0, levenberg >= 0 and clients >= 2 (or None), "
-                f"got {self}"
-            )
+            need = "need lr, damping and trust in (0, 1], spread > 0, levenberg >= 0 and clients >= 2 (or None)"
+            raise ValueError(f"{need}, got {self}")
 
     def start(self, prior: Any, eta: Eta) -> posteriors.Site:
         """No change."""
@@ -85,8 +83,7 @@ class Sites:
                 f"inference.Sites needs a prior in natural parameters, and {type(prior).__name__} is none. "
                 "Use the prior Sites(precision=...), or inference.Point(lr=...)."
             )
-        zeros = tree.map(torch.zeros_like, eta.shift)
-        return posteriors.Site(zeros, zeros)
+        return posteriors.Site(*[tree.map(torch.zeros_like, eta.shift)] * 2)
 
     def e_step(
         self, objective: Objective, prior: Any, eta: Eta, client: Client, state: Params | None, rng: torch.Generator
@@ -96,19 +93,15 @@ class Sites:
             raise ValueError("inference.Sites has no rule for running means: use a model without them (GroupNorm, say)")
         site = self._site(eta, state)
         tilted = self._tilted(objective, eta, self._cavity(prior, eta, site), client, rng)
-        change = [
-            tree.map(lambda new, old: self.damping * (new - old), *pair) for pair in zip(tilted, eta, strict=True)
-        ]
-        if self.clients is None:
-            state = tree.flatten(type(eta)(*(tree.map(torch.add, *pair) for pair in zip(site, change, strict=True))))
+        change = _power(_times(tilted, _power(eta, -1)), self.damping)
+        state = tree.flatten(_times(site, change)) if self.clients is None else state
         return posteriors.Site(*change), state
 
     def personal(
         self, objective: Objective, prior: Any, eta: Eta, client: Client, state: Params | None, rng: torch.Generator
     ) -> posteriors.Predictive:
         """The mean of r, from the cavity's power."""
-        cavity = self._cavity(prior, eta, self._site(eta, state))
-        cavity = type(eta)(*(tree.map(lambda v: self.trust * v, part) for part in cavity))
+        cavity = _power(self._cavity(prior, eta, self._site(eta, state)), self.trust)
         return posteriors.Predictive.point(prior.point(self._tilted(objective, eta, cavity, client, rng)))
 
     def _site(self, eta: Eta, state: Params | None) -> Eta:
@@ -118,33 +111,35 @@ class Sites:
     def _cavity(self, prior: Any, eta: Eta, site: Eta) -> Eta:
         """Natural parameters of q / t_s."""
         if self.clients is not None:
-            others = 1 - 1 / self.clients
-            return type(eta)(*(tree.map(lambda v: v * others, part) for part in eta))
+            return _power(eta, 1 - 1 / self.clients)
         precision = tree.map(lambda a, b: (a - b).clamp(min=prior.precision), eta.precision, site.precision)
         return type(eta)(precision, tree.map(torch.sub, eta.shift, site.shift))
 
     def _tilted(self, objective: Objective, eta: Eta, cavity: Eta, client: Client, rng: torch.Generator) -> Eta:
         """Natural parameters of r. Dropout is off: the posterior is the noise here."""
-        m, precision = tree.map(torch.div, eta.shift, eta.precision), dict(eta.precision)
-        examples = len(client.train)
+        m, precision, examples = tree.map(torch.div, eta.shift, eta.precision), dict(eta.precision), len(client.train)
         objective.train(False)
         with seeded_globals(rng, client.train.x.device):
             for batch in batches(client.train, self.epochs, self.batch_size, rng):
-                signs = {k: _signs(m[k], rng) for k in objective.trainable}
+                signs = {k: (2 * torch.randint(2, m[k].shape, generator=rng) - 1).to(m[k]) for k in objective.trainable}
                 steps = {k: self.spread * e / precision[k].sqrt() for k, e in signs.items()}
                 above, below = (_slopes(objective, m, steps, side, batch) for side in (1, -1))
                 for k, e in signs.items():
                     slope = examples * (above[k] + below[k]) / 2
                     curvature = examples * (e * (above[k] - below[k]) * precision[k].sqrt() / (2 * self.spread))
-                    target = cavity.precision[k] + curvature.clamp(min=0)
-                    precision[k] = (1 - self.lr) * precision[k] + self.lr * target
+                    curvature = cavity.precision[k] + curvature.clamp(min=0)
+                    precision[k] = (1 - self.lr) * precision[k] + self.lr * curvature
                     slope = slope + cavity.precision[k] * m[k] - cavity.shift[k]
                     m[k] = m[k] - self.lr * slope / (precision[k] + self.levenberg * examples)
         return type(eta)(precision, tree.map(torch.mul, precision, m))
 
 
-def _signs(like: Tensor, rng: torch.Generator) -> Tensor:
-    return (2 * torch.randint(2, like.shape, generator=rng) - 1).to(like)
+def _power(natural: Eta, by: float) -> Eta:
+    return type(natural)(*(tree.map(lambda v: by * v, part) for part in natural))
+
+
+def _times(one: Eta, other: Eta) -> Eta:
+    return type(one)(*(tree.map(torch.add, *pair) for pair in zip(one, other, strict=True)))
 
 
 def _slopes(objective: Objective, m: Params, steps: Params, side: int, batch: Examples) -> Params:
