@@ -36,7 +36,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from fedprior import posteriors, tree
 from fedprior.core import Client, Eta, Examples, Params

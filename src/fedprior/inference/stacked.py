@@ -14,6 +14,7 @@ Not everything can be stacked: see `why_not`.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from itertools import accumulate
 from typing import TYPE_CHECKING, Any
@@ -43,11 +44,18 @@ def why_not(objective: Objective, prior: Any, x: Tensor, y: Tensor) -> str:
         return f"stacked {slow[0]} layers are slow"
     phi = {k: v.expand(2, *v.shape) for k, v in objective.params().items()}
     objective.train()
-    try:
-        _gradients(objective, phi, x[:1].expand(2, *x[:1].shape), y[:1].expand(2, *y[:1].shape), None)
-    except RuntimeError as error:  # vmap's answer to layers that draw, or decide by their data
-        return f"the model cannot be stacked: {str(error).splitlines()[0]}"
-    return ""
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        try:
+            _gradients(objective, phi, x[:1].expand(2, *x[:1].shape), y[:1].expand(2, *y[:1].shape), None)
+        except RuntimeError as error:  # vmap's answer to layers that draw, or decide by their data
+            return f"the model cannot be stacked: {str(error).splitlines()[0]}"
+    slow = [str(w.message) for w in told if "batching rule" in str(w.message)]  # attention has none
+    return (
+        f"a stack would be slow: PyTorch has no batching rule for {slow[0].split('rule for ')[-1].split('. ')[0]}"
+        if slow
+        else ""
+    )
 
 
 def e_steps(
