@@ -84,9 +84,8 @@ class Rules:
 
     def log_prob(self, eta: Eta, t: Stats) -> Tensor:
         """E_q[log p(z | theta)]."""
-        length = self._bodies.shape[1]
         logs = tree.total(tree.map(torch.xlogy, t["literals"], eta.theta))
-        return logs - t.clients * length * self._excess(eta)
+        return logs - t.clients * self._bodies.shape[1] * self._excess(eta)
 
     def log_hyper(self, eta: Eta, before: Eta) -> Tensor:
         """Dirichlet: no literal becomes impossible."""
