@@ -11,7 +11,7 @@ from torch import nn
 
 import fedprior as fp
 from cases import classification_clients, equal
-from fedprior.inference.ascent import Descent
+from fedprior.inference.ascent import Descent, batch_sizes, batches
 from fedprior.objective import Objective
 from fedprior.rng import generator
 
@@ -89,6 +89,31 @@ def test_plain_descent_is_sgd() -> None:
         found.append(value.detach())
         assert torch.equal(frozen, torch.ones(2))
     assert torch.equal(*found)
+
+
+@pytest.mark.parametrize(
+    ("examples", "size", "smallest", "expected"),
+    [
+        (7, 3, 1, [3, 3, 1]),
+        (7, 3, 2, [3, 4]),
+        (8, 3, 2, [3, 3, 2]),
+        (5, None, 2, [5]),
+        (1, None, 2, [2]),
+        (1, 1, 2, [2]),
+        (2, 10, 5, [5]),
+    ],
+)
+def test_batches_hold_every_example_equally_often(
+    examples: int, size: int | None, smallest: int, expected: list[int]
+) -> None:
+    """Once where there are `smallest`; else with a difference of one at most. Labels stay with their examples."""
+    data = fp.Examples(torch.arange(examples)[:, None].float(), torch.arange(examples))
+    found = list(batches(data, 3, size, generator(0, "order"), smallest))
+    assert [len(b) for b in found] == 3 * expected == 3 * batch_sizes(examples, size, smallest)
+    assert all(torch.equal(b.x[:, 0], b.y.float()) for b in found)
+    for epoch in torch.cat([b.y for b in found]).split(sum(expected)):
+        counts = torch.bincount(epoch, minlength=examples)
+        assert counts.max() - counts.min() <= (sum(expected) > examples)
 
 
 def test_batch_norm_and_a_last_batch_or_a_client_of_one() -> None:

@@ -26,6 +26,9 @@ LAYERS: dict[str, tuple[Callable[[], nn.Module], Tensor]] = {
     "1 x 1, groups": (lambda: nn.Conv2d(4, 6, 1, stride=(3, 1), groups=2, bias=False), drawn(3, 4, 7, 6)),
     "patches": (lambda: nn.Conv2d(3, 6, 3), drawn(3, 3, 7, 6)),
     "patches, strides": (lambda: nn.Conv2d(3, 6, (3, 2), (1, 2), (2, 1), bias=False), drawn(3, 3, 7, 6)),
+    "patches, strides down": (lambda: nn.Conv2d(3, 6, (2, 3), (3, 2), (0, 1)), drawn(3, 3, 9, 6)),
+    "patches, one image alone": (lambda: nn.Conv2d(3, 6, 3), drawn(3, 7, 6)),
+    "patches, no images": (lambda: nn.Conv2d(3, 6, 3), drawn(0, 3, 7, 6)),
     "patches, more than fit": (lambda: nn.Conv2d(15, 14, 5), drawn(10, 15, 20, 20)),
     "flat": (lambda: nn.Flatten(), drawn(3, 2, 5, 4)),
     "flat, examples last": (lambda: nn.Flatten(), drawn(5, 2, 4, 20).permute(3, 1, 0, 2)),
@@ -33,8 +36,12 @@ LAYERS: dict[str, tuple[Callable[[], nn.Module], Tensor]] = {
     "a pool": (lambda: nn.MaxPool2d(2), drawn(3, 2, 5, 4).round()),
     "a pool, examples last": (lambda: nn.MaxPool2d(3, 2, 1), drawn(7, 2, 6, 3).round().permute(3, 1, 0, 2)),
     "a pool, rounded up": (lambda: nn.MaxPool2d((3, 2), ceil_mode=True), drawn(7, 2, 5, 3).round().permute(3, 1, 0, 2)),
+    "a pool, dilated": (lambda: nn.MaxPool2d(2, (1, 2), (1, 0), (2, 1)), drawn(7, 2, 6, 3).round().permute(3, 1, 0, 2)),
     "grey": (lambda: nn.Conv2d(1, 6, 3), drawn(3, 1, 7, 6)),
     "grey, strides": (lambda: nn.Conv2d(1, 6, (3, 2), (1, 2), (2, 1), bias=False), drawn(3, 1, 7, 6)),
+    "grey, strides down": (lambda: nn.Conv2d(1, 6, (2, 3), (3, 2), (0, 1)), drawn(3, 1, 9, 6)),
+    "grey, one image alone": (lambda: nn.Conv2d(1, 6, 3), drawn(1, 7, 6)),
+    "grey, no images": (lambda: nn.Conv2d(1, 6, 3), drawn(0, 1, 7, 6)),
 }
 
 
@@ -95,12 +102,28 @@ def test_grey_images_beside_a_norm(name: str, constant: bool) -> None:
         nn.Conv2d(1, 6, 3, dilation=2),
         nn.Sequential(nn.Conv2d(1, 16, 3), nn.MaxPool2d(2), nn.Conv2d(16, 32, 3), nn.Flatten()),
         nn.Flatten(2),
+        nn.Flatten(1, 2),
         nn.utils.parametrizations.weight_norm(nn.Conv2d(4, 6, 1, stride=2)),
     ],
     ids=str,
 )
 def test_other_layers_stay_as_they_are(layer: nn.Module) -> None:
     assert not faster(layer)
+
+
+@pytest.mark.parametrize("beside", [(), (nn.GroupNorm(1, 6),)], ids=["alone", "beside a norm"])
+@pytest.mark.parametrize("shape", [(3, 3, 7, 6), (3, 2, 7, 6), (3, 1, 2, 6), (3, 1, 7, 2), (3, 7, 6)], ids=str)
+def test_images_that_do_not_fit_are_refused_in_pytorchs_words(
+    shape: tuple[int, ...], beside: tuple[nn.Module, ...]
+) -> None:
+    """Of other channels, or smaller than the filters; no filter reads the one channel that it knows and is content."""
+    layer: Any = nn.Conv2d(1, 6, 3).double()
+    with pytest.raises(RuntimeError) as expected:
+        layer(drawn(*shape))
+    [(_, layer.forward)] = faster(nn.Sequential(layer, *beside))
+    with pytest.raises(RuntimeError) as found:
+        layer(drawn(*shape))
+    assert str(found.value) == str(expected.value)
 
 
 def test_beside_norms_only_grey_images_have_patches() -> None:

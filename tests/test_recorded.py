@@ -110,12 +110,13 @@ def test_shapes_have_records_of_their_own_up_to_a_number(monkeypatch):
     assert len(program._programs) == 2  # pyright: ignore[reportFunctionMemberAccess]
 
 
-def test_layout_is_part_of_the_shape():
+@pytest.mark.parametrize("other", [lambda x: x.t().contiguous().t(), Tensor.double], ids=["layout", "type"])
+def test_layout_and_type_are_part_of_the_shape(other):
     of = objective("mlp")
     program = of.gradients(of.trainable)
     x, y = batch(0, 5)
-    for given in (x, x.t().contiguous().t()) * 3:
-        at = values(of, 0)
+    for given in (x, other(x)) * 3:
+        at = [v.to(given.dtype) for v in values(of, 0)]
         assert all(map(torch.equal, program(given, y, *at), by_autograd(of, given, y, at)))
 
 
@@ -217,7 +218,15 @@ def flat(x: Tensor) -> tuple[Tensor, ...]:
     return (x.reshape(-1),)
 
 
-@pytest.mark.parametrize("function", [through_a_view, a_draw_that_is_not_used, views_of_views, flat])
+def other_types(x: Tensor) -> tuple[Tensor, ...]:
+    """Views that read the same memory otherwise: as integers, conjugate, with the sign changed."""
+    y = torch.complex(x, 2 * x + 1).conj()
+    return (
+        torch.stack([(x * 2).view(torch.int32).add(1).view(torch.float32), y.imag, torch.view_as_real(y * y)[..., 1]]),
+    )
+
+
+@pytest.mark.parametrize("function", [through_a_view, a_draw_that_is_not_used, views_of_views, flat, other_types])
 def test_effects_draws_and_layouts_are_those_of_the_function(function) -> None:
     programs = recorded.Programs(function)
     x = torch.arange(9.0).view(3, 3)

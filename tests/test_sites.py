@@ -73,17 +73,31 @@ def test_a_client_that_trusts_the_others_less_predicts_with_a_power_of_their_pro
         assert torch.allclose(phi["weight"][0], mean, rtol=0, atol=1e-9)
 
 
-def test_levenberg_shortens_steps_and_moves_no_fixed_point() -> None:
-    """One step goes L / (L + levenberg N_s) of the way, coordinate by coordinate; many arrive."""
-    client, objective, prior = DIAGONAL[1], Objective(quadratics.model(), "regression"), priors.Sites(3.0)
-    eta, examples = prior.init({"weight": START[None]}), len(DIAGONAL[1].train)
-    mean, matrix = product([client], 3.0)
-    for epochs in (1, 400):
-        e_step = inference.Sites(1.0, epochs, None, 1.0, levenberg=2.0)
-        q, _ = e_step.e_step(objective, prior, eta, client, None, generator(0, "sign"))
-        got = (eta.shift["weight"] + q.shift["weight"]) / (eta.precision["weight"] + q.precision["weight"])
-        left = (2.0 * examples / (matrix.diag() + 2.0 * examples)) ** epochs
-        assert torch.allclose(got[0], mean + left * (START - mean), rtol=0, atol=1e-9)
+def alike(examples: int) -> fp.Client:
+    """Every example is the same, so that the mean loss of every batch is, and has a diagonal Hessian."""
+    x = torch.tensor([[1.5, 0.0, 0.0]]).double().expand(examples, SIZE)
+    return fp.Client(0, "alike", fp.Examples(x, torch.full((examples, 1), 2.0).double()))
+
+
+@pytest.mark.parametrize(
+    ("client", "batch_size", "epochs", "steps"),
+    [(DIAGONAL[1], None, 1, 1), (DIAGONAL[1], None, 400, 400), (alike(12), 12, 2, 2), (alike(12), 4, 2, 6)],
+)
+def test_levenberg_shortens_steps_and_moves_no_fixed_point(
+    client: fp.Client, batch_size: int | None, epochs: int, steps: int
+) -> None:
+    """One step goes L / (L + levenberg N_s) of the way, coordinate by coordinate, whatever the batch; many arrive."""
+    objective, prior = Objective(quadratics.model(), "regression"), priors.Sites(3.0)
+    eta, examples = prior.init({"weight": START[None]}), len(client.train)
+    matrix = 3.0 * torch.eye(SIZE).double() + client.train.x.T @ client.train.x
+    mean = torch.linalg.solve(matrix, 3.0 * START + client.train.x.T @ client.train.y[:, 0])
+    e_step = inference.Sites(1.0, epochs, batch_size, 1.0, levenberg=2.0)
+    q, _ = e_step.e_step(objective, prior, eta, client, None, generator(0, "sign"))
+    precision = (eta.precision["weight"] + q.precision["weight"])[0]
+    shift = (eta.shift["weight"] + q.shift["weight"])[0]
+    left = (2.0 * examples / (matrix.diag() + 2.0 * examples)) ** steps
+    assert torch.allclose(shift / precision, mean + left * (START - mean), rtol=0, atol=1e-9)
+    assert torch.allclose(precision, matrix.diag(), rtol=1e-9, atol=0)
 
 
 @NAMED
@@ -101,6 +115,18 @@ def test_without_states_the_prior_is_spread_over_the_factors() -> None:
     mean, matrix = product(DIAGONAL, 0.0)
     assert torch.allclose(point(result), mean, rtol=0, atol=1e-8)
     assert torch.allclose(result.eta.precision["weight"][0], matrix.diag(), rtol=1e-8, atol=0)
+
+
+def test_without_states_a_client_trusts_the_share_of_the_others() -> None:
+    """FedSEP: its likelihood times q^(trust (1 - 1/S)), for want of a factor to take out of q."""
+    count = len(DIAGONAL)
+    result = quadratics.run(fp.fedsep(clients=count, damping=0.8, trust=0.2, **ONE_STEP), DIAGONAL, 2)
+    precision, shift = (0.2 * (1 - 1 / count) * part["weight"][0] for part in result.eta)
+    for client in DIAGONAL:
+        own = len(client.train) * hessian(client)
+        mean = torch.linalg.solve(precision.diag() + own, shift + own @ optimum(client))
+        [phi] = result.personal(client).models
+        assert torch.allclose(phi["weight"][0], mean, rtol=0, atol=1e-9)
 
 
 def test_a_mean_is_exact_where_the_curvature_is_not_diagonal() -> None:
@@ -148,7 +174,15 @@ def test_what_does_not_fit_is_refused() -> None:
     net = nn.Sequential(nn.BatchNorm1d(SIZE), nn.Linear(SIZE, 1)).double()
     with pytest.raises(ValueError, match="running means"):
         fp.run(fp.pvi(), net, FULL, rounds=1, loss="regression")
-    for wrong in ({"lr": 1.5}, {"damping": 0.0}, {"clients": 1}, {"trust": 0.0}, {"levenberg": -1.0}):
+    values = {
+        "lr": [1.5],
+        "damping": [0.0, 1.5],
+        "trust": [0.0, 1.5],
+        "spread": [0.0],
+        "clients": [1],
+        "levenberg": [-1.0],
+    }
+    for wrong in ({name: value} for name, several in values.items() for value in several):
         with pytest.raises(ValueError, match="need lr, damping and trust"):
             inference.Sites(**wrong)
 

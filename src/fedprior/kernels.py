@@ -123,18 +123,25 @@ def _flat(layer: nn.Flatten, x: Tensor) -> Tensor:
     return x.permute(1, 2, 3, 0).reshape(-1, len(x)).t()
 
 
+def _fits(layer: nn.Conv2d, x: Tensor) -> bool:
+    """Is x a batch of images on a CPU that the layer can read? The rest is PyTorch's, to do or to refuse."""
+    sizes = zip(x.shape[-2:], layer.padding, layer.kernel_size, strict=True)
+    images = x.is_cpu and x.dim() == 4 and len(x) > 0 and x.shape[1] == layer.in_channels
+    return images and all(n + 2 * int(p) >= k for n, p, k in sizes)
+
+
 def _products(layer: nn.Conv2d, x: Tensor) -> Any:
     sizes = zip(x.shape[-2:], layer.padding, layer.kernel_size, layer.stride, strict=True)
     places = [(n + 2 * int(p) - k) // s + 1 for n, p, k, s in sizes]
     values = len(x) * layer.weight[0].numel() * math.prod(places)
     most = _MOST if _filled(layer) > 0.5 else _MOST_OF_FEW
-    if not x.is_cpu or x.dim() != 4 or min(places) < 1 or values > most:
+    if not _fits(layer, x) or values > most:
         return nn.Conv2d.forward(layer, x)
     return _Products.apply(x, layer.weight, layer.bias, layer.stride, layer.padding, places)
 
 
 def _grey(layer: nn.Conv2d, x: Tensor) -> Any:
-    if not x.is_cpu or x.dim() != 4 or x.requires_grad:
+    if not _fits(layer, x) or x.requires_grad:
         return nn.Conv2d.forward(layer, x)
     return _Grey.apply(x, layer.weight, layer.bias, layer.stride, layer.padding)
 

@@ -140,7 +140,7 @@ class _Recorder(TorchDispatchMode):
         base: Any = self._bases.get(id(args[0]), args[0])
         moved = view.storage_offset() != base.storage_offset()
         astray = moved and base.untyped_storage().data_ptr() in self._given
-        if astray or view.dtype != base.dtype or view.is_complex():
+        if astray or view.dtype != base.dtype or view.is_complex() or view.is_neg():
             return ()
         self._bases[id(view)] = base
         same = (base.shape, base.stride()) == (view.shape, view.stride()) and not moved
