@@ -47,7 +47,11 @@ class Counted:
 
 def run(prior, rounds: int = 1, **fields) -> tuple[fp.Result, Counted, Watched]:
     codec, e_step = Counted(Sparse("bfloat16")), Watched(inference.Point(0.1))
-    return fp.run(fp.Algorithm(prior, e_step, codec=codec), MODEL, CLIENTS, rounds=rounds, **fields), codec, e_step
+    return (
+        fp.run(fp.Algorithm(prior, e_step, codec=codec), MODEL, CLIENTS, rounds=rounds, engine="sequential", **fields),
+        codec,
+        e_step,
+    )
 
 
 def test_one_payload_for_all_is_encoded_and_decoded_once_a_round() -> None:
