@@ -77,16 +77,17 @@ def build(config: Config) -> Experiment:
 
 
 def _fitting_model(config: Config, train: Examples) -> nn.Module:
-    """The model, tried on one example."""
+    """The model, tried on one example in evaluation mode: running moments stay as they were."""
     model = config.make_model()
     try:
-        model(train.x[:1])
+        with torch.no_grad():
+            model.eval()(train.x[:1])
     except (RuntimeError, IndexError, TypeError) as error:
         shape = tuple(train.x.shape[1:])
         raise ValueError(
             f"the model {config.model.name!r} does not fit examples of shape {shape}, {train.x.dtype}: {error}"
         ) from error
-    return model
+    return model.train()
 
 
 def _outputs(train: Examples, test: Examples) -> int:
