@@ -1,6 +1,8 @@
 """The models that a TOML can name."""
 
 import inspect
+import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -73,6 +75,8 @@ def test_rows_of_a_table_are_no_images(name, tmp_path):
     assert f"the model {name!r} does not fit examples of shape (4,)" in text
 
 
-def test_the_help_names_every_model():
+def test_the_help_and_the_readme_name_every_model():
     shown = " ".join(call("compare", "--help").stdout.split())
+    (listed,) = re.findall(r"^Models, for .*?;", (Path(__file__).parent.parent / "README.md").read_text(), re.M | re.S)
     assert all(name in shown for name in config.MODELS)
+    assert re.findall(r"`(\w+)`", listed)[1:] == list(config.MODELS)
