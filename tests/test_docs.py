@@ -1,6 +1,7 @@
 """What is printed in the docs is run: every python block of a page, in order, in one namespace."""
 
 import re
+import shlex
 import tomllib
 from dataclasses import replace
 from pathlib import Path
@@ -10,6 +11,7 @@ from torch import nn
 
 import fedprior as fp
 from cases import classification_clients, redraw
+from cli_calls import call
 from fedprior import config
 from fedprior.privacy.secure_sum import SecureSum
 
@@ -50,6 +52,36 @@ def test_the_readme_prints_what_its_script_prints(capsys):
     for got, want in zip(printed, wanted, strict=True):
         assert float(got[2]) == pytest.approx(float(want[2]), abs=0.03)
         assert [float(v) for v in got[3:5]] == pytest.approx([float(v) for v in want[3:5]], rel=0.1)
+
+
+METRICS = (ROOT / "docs/metrics.md").read_text()
+
+
+def test_the_page_of_metrics_shows_the_table_that_its_command_prints(tmp_path):
+    """Within 5 points of accuracy: client counts and columns are the same."""
+    (command,) = re.findall(r"^    fedprior (compare (?:.*\\\n)*.*)$", METRICS, re.M)
+    shown = call(*shlex.split(command.replace("\\\n", " ")), "--out", tmp_path / "out").stdout
+    row = r"^ *│ (\w+) +│ (\d+ \w+) +│ +([\d.]+) │ +([\d.]+) │ +([\d.]+) │ +([\d.]+) │$"
+    printed, wanted = (re.findall(row, text, re.M) for text in (shown, METRICS))
+    assert [p[:2] for p in printed] == [w[:2] for w in wanted] and len(wanted) == 4
+    for got, want in zip(printed, wanted, strict=True):
+        assert [float(v) for v in got[2:]] == pytest.approx([float(v) for v in want[2:]], abs=0.05)
+    titles = r"^ *┃ algorithm ┃ clients .*$"
+    assert re.findall(titles, METRICS, re.M)[0].strip() in shown
+
+
+def test_the_page_of_metrics_prints_what_its_scripts_print(capsys):
+    namespace: dict = {}
+    for script in re.findall(r"^```python\n(.*?)^```", METRICS, re.M | re.S):
+        exec(compile(script, "metrics.md", "exec"), namespace)
+    lines = capsys.readouterr().out.splitlines()
+    wanted = re.findall(r"^    ([\w' ]+: .*\d\.\d\d)$", METRICS, re.M)
+    assert len(lines) == len(wanted) == 4
+    for got, want in zip(lines, wanted, strict=True):
+        number = r"\d\.\d\d"
+        assert re.sub(number, "", got) == re.sub(number, "", want)
+        numbers, expected = ([float(v) for v in re.findall(number, text)] for text in (got, want))
+        assert numbers == pytest.approx(expected, abs=0.05)
 
 
 @pytest.mark.parametrize("page", [*PAGES, ROOT / "CONTRIBUTING.md"], ids=lambda p: p.name)

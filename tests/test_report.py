@@ -76,7 +76,7 @@ def test_the_order_is_that_of_the_results(folder):
 def test_it_is_rebuilt_from_the_records_alone(folder, tmp_path):
     again = tmp_path / "again"
     for path in folder.rglob("*"):
-        if path.name in ("results.json", "records.jsonl", "clients.json", "run.toml"):
+        if path.name in ("results.json", "records.jsonl", "clients.json", "personalised.json", "run.toml"):
             (again / path.relative_to(folder)).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy(path, again / path.relative_to(folder))
     assert CliRunner().invoke(app, ["report", str(again)]).exit_code == 0

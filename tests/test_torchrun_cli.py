@@ -12,26 +12,30 @@ from safetensors.torch import load_file
 import rank_calls
 from cases import close, without_seconds
 from cli_calls import TINY, call, refused
-from fedprior import records
+from fedprior import personalised, records
 from fedprior.engines import named
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="forks")
 
 
 def test_the_command_line_below_torchrun(tmp_path: Path) -> None:
-    """Two ranks as torchrun starts them: one table, one folder, the results of one process, which goes on with them."""
+    """Two ranks as torchrun starts them: one output, one folder, the results of one process, which goes on there."""
     toml, folder = tmp_path / "my.toml", tmp_path / "out"
     toml.write_text(TINY)
     ranks = rank_calls.torchrun(2, toml, "--out", folder)
     out, err = rank_calls.finished(ranks, 100)
     assert ranks.returncode == 0, err
-    assert out.count("fedprox") == 1 and out.count(str(folder)) == 2, out
+    assert out.count("┃ accuracy ┃") == out.count(personalised.TITLE) == 1 and out.count(str(folder)) == 2, out
     call("run", toml, "--out", tmp_path / "alone", "--engine", "sequential", "--quiet")
     alone, together = (records.read(place / "records.jsonl") for place in (tmp_path / "alone", folder))
     assert [replace(r, metrics={}) for r in without_seconds(together)] == [
         replace(r, metrics={}) for r in without_seconds(alone)
     ]
     assert close(load_file(folder / "model.safetensors"), load_file(tmp_path / "alone" / "model.safetensors"), 1e-5)
+    rows, own = (personalised.read(place) for place in (folder, tmp_path / "alone"))
+    assert [row["client"] for row in rows] == [row["client"] for row in own]
+    for a, b in zip(rows, own, strict=True):
+        assert a["after_nats"] == pytest.approx(b["after_nats"], abs=1e-4)
     toml.write_text(TINY.replace("rounds = 3", "rounds = 4"))
     call("run", toml, "--resume", folder, "--quiet")
     assert len(records.read(folder / "records.jsonl")) == 4

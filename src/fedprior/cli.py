@@ -19,7 +19,7 @@ from rich.table import Table
 import fedprior
 from fedprior import compare as comparing
 from fedprior import config as configs
-from fedprior import federate, finished, listings, options
+from fedprior import federate, finished, listings, options, personalised
 from fedprior.engines import leads
 from fedprior.privacy import Privacy
 from fedprior.records import read, warning
@@ -102,6 +102,7 @@ def run(
         row = comparing.execute(experiment, folder, resume is not None, False if quiet else None)
     if not quiet:
         _print_rows([row])
+        _print_personalised({folder: wanted}, "holdout = 0.2 in [data]")
         if wanted.privacy is not None:
             _tell_privacy(folder, wanted.privacy)
     _warn(folder, row)
@@ -183,6 +184,7 @@ def _compare(wanted: list[configs.Config], place: Path, resume: bool, quiet: boo
         written = _report(place)
     if not quiet:
         _print_rows(rows)
+        _print_personalised({place / c.algorithm.name: c for c in wanted}, "--holdout 0.2")
     for row in rows:
         _warn(place / row["algorithm"], row)
     typer.echo(written)
@@ -252,3 +254,23 @@ def _print_rows(rows: list[Row]) -> None:
     for row in rows:
         table.add_row(*cells(row))
     listings.console().print(table)
+
+
+def _print_personalised(runs: dict[Path, configs.Config], holdout: str) -> None:
+    """Clients before and after they adapt; where they have no held-out examples, how to get them if it matters."""
+    found = {path: personalised.read(path) for path in runs}
+    rows = [row for some in found.values() for row in some]
+    if rows:
+        score = personalised.score_of(rows)
+        table = Table(title=personalised.TITLE, title_justify="left")
+        for i, title in enumerate(personalised.titles(score)):
+            table.add_column(title, justify="right" if i > 1 else "left")
+        for path, some in found.items():
+            for line in personalised.cells(runs[path].algorithm.name, some, score):
+                table.add_row(*line)
+        listings.console().print(table)
+    blind = [
+        c.algorithm.name for path, c in runs.items() if not found[path] and personalised.has_own(c.make_algorithm())
+    ]
+    if blind:
+        typer.echo(f"{', '.join(blind)}: {personalised.BLIND}: {holdout}")

@@ -1,8 +1,9 @@
 """From a Config to a run in a folder, and several algorithms on the same clients and the same initial model.
 
 A run's folder holds run.toml, records.jsonl, the checkpoint and, once it is finished, clients.json (the final model
-on each client), model.safetensors (its parameters) and results.json (one row of numbers), which is written last. A
-comparison's folder holds one such folder an algorithm and the rows of all.
+on each client), personalised.json (before and after a client adapts; only where examples of clients are held out),
+model.safetensors (its parameters) and results.json (one row of numbers), which is written last. A comparison's folder
+holds one such folder an algorithm and the rows of all.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from safetensors.torch import save
 from torch import nn
 
 from fedprior import config as configs
-from fedprior import data, layer, planning
+from fedprior import data, layer, personalised, planning
 from fedprior.algorithm import Algorithm
 from fedprior.checkpoint import INDEX
 from fedprior.checks import check_device, check_sizes
@@ -76,16 +77,17 @@ def build(config: Config) -> Experiment:
 
 
 def _fitting_model(config: Config, train: Examples) -> nn.Module:
-    """The model, tried on one example."""
+    """The model, tried on one example in evaluation mode: running moments stay as they were."""
     model = config.make_model()
     try:
-        model(train.x[:1])
+        with torch.no_grad():
+            model.eval()(train.x[:1])
     except (RuntimeError, IndexError, TypeError) as error:
         shape = tuple(train.x.shape[1:])
         raise ValueError(
             f"the model {config.model.name!r} does not fit examples of shape {shape}, {train.x.dtype}: {error}"
         ) from error
-    return model
+    return model.train()
 
 
 def _outputs(train: Examples, test: Examples) -> int:
@@ -172,6 +174,7 @@ def execute(experiment: Experiment, folder: Path, resume: bool = False, progress
     if not leads():
         return as_row(result.row())
     write_json(folder / CLIENTS, [finite(row) for row in result.per_client(experiment.clients)])
+    personalised.write(result, experiment.clients, folder)
     return finish(result, folder)
 
 

@@ -42,6 +42,8 @@ MODELS: Mapping[str, Callable[..., nn.Module]] = {
         models.softmax,
         models.char_gru,
         models.char_transformer,
+        models.resnet,
+        models.vit,
         models.rules,
         models.elsa,
     )

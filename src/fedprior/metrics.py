@@ -223,6 +223,15 @@ def over_clients(rows: Sequence[Mapping[str, float | str]]) -> dict[str, dict[st
     return {k: _spread(torch.tensor([float(row[k]) for row in rows], dtype=torch.float64), k) for k in columns}
 
 
+def by_seen(rows: Sequence[Row]) -> dict[str, list[Row]]:
+    """The rows of Result.personalised by kind of client, for over_clients; a kind without clients is left out.
+
+    A "seen" client took part in a round; from the examples of an "unseen" one the federation has learned nothing.
+    """
+    kinds = {kind: [row for row in rows if row["seen"] == said] for kind, said in (("seen", "yes"), ("unseen", "no"))}
+    return {kind: some for kind, some in kinds.items() if some}
+
+
 def _spread(values: Tensor, name: str) -> dict[str, float]:
     numbers = {"mean": values.mean(), "std": values.std(correction=0), "median": values.quantile(0.5)}
     numbers["worst_decile"] = values.quantile(0.1 if name.endswith("accuracy") else 0.9)

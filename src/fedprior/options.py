@@ -49,9 +49,7 @@ Scheme = Annotated[str, typer.Option(help="dirichlet, iid, shards or by_key; aut
 Alpha = Annotated[float, typer.Option(help="Of dirichlet: the smaller, the fewer labels a client has.")]
 Holdout = Annotated[float, typer.Option(help="Fraction of each client's examples kept for its evaluation.")]
 Seed = Annotated[int, typer.Option(help="All randomness derives from it.")]
-Model = Annotated[
-    str, typer.Option(help="lenet, mlp, softmax, char_gru, char_transformer, rules or elsa; auto: by data set.")
-]
+Model = Annotated[str, typer.Option(help=f"{', '.join(configs.MODELS)}; auto: by data set.")]
 Rate = Annotated[float | None, typer.Option(help="Clients' learning rate.", show_default=_OWN)]
 Epochs = Annotated[int | None, typer.Option(help="Local epochs.", show_default=_OWN)]
 Batch = Annotated[int | None, typer.Option(help="Local batch size.", show_default=_OWN)]

@@ -6,7 +6,10 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
+from torch import nn
+
 from fedprior.records import Round
+from fedprior.structure import dense_layers
 
 
 class Progress:
@@ -17,15 +20,16 @@ class Progress:
         rounds: the total.
         show: None shows it if stderr is a terminal.
         done: the rounds before a resume.
+        note: a line to begin with.
     """
 
-    def __init__(self, name: str, rounds: int, show: bool | None, done: Sequence[Round]) -> None:
+    def __init__(self, name: str, rounds: int, show: bool | None, done: Sequence[Round], note: str = "") -> None:
         self._show = sys.stderr.isatty() if show is None else show
         self._name, self._rounds, self._done = name, rounds, len(done)
         self._bytes = sum(r.bytes_up + r.bytes_down for r in done)
         self._bar: Any = None
         self._task: Any = None
-        self._told = ""
+        self._told, self._note = "", note
 
     def __enter__(self) -> Progress:
         if self._show:
@@ -36,6 +40,8 @@ class Progress:
             text = TextColumn("{task.description}"), TextColumn("{task.fields[seen]}")
             columns = (text[0], BarColumn(), MofNCompleteColumn(), text[1], TimeElapsedColumn(), TimeRemainingColumn())
             self._bar = Bar(*columns, console=Console(stderr=True)).__enter__()
+            if self._note:
+                self._bar.console.print(f"{self._name}: {self._note}", highlight=False, markup=False)
             self._task = self._bar.add_task(self._name, total=self._rounds, completed=self._done, seen="")
         return self
 
@@ -54,3 +60,13 @@ class Progress:
     def __exit__(self, *error: object) -> None:
         if self._bar is not None:
             self._bar.__exit__(None, None, None)
+
+
+def left_whole(model: nn.Module, prior: Any) -> str:
+    """The layers of which a prior that is bound to the model removes no unit; nothing for a prior without groups."""
+    groups = getattr(prior, "groups", ())
+    if not groups:
+        return ""
+    kinds = {name: type(layer).__name__ for name, layer in model.named_modules()}
+    names = [f"{name} ({kinds[name]})" if name else kinds[name] for name in dense_layers(model, groups)]
+    return f"layers that stay whole: {', '.join(names) or 'none'}"

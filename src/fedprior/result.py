@@ -101,9 +101,14 @@ class Result:
         return sum(r.seconds + r.seconds_evaluate for r in self.history)
 
     def per_client(self, clients: Population, limit: int = 1000) -> list[dict[str, float | str]]:
-        """The final model on each of the first `limit` clients: held-out examples, else training examples."""
+        """The final model on each of the first `limit` clients: held-out examples, else training examples.
+
+        A client that keeps parameters of its own is evaluated with them.
+        """
         chosen = (clients[i] for i in range(min(limit, len(clients))))
-        return evaluate_clients(*self._deployed(), chosen)
+        if not hasattr(self.algorithm.prior, "recall"):
+            return evaluate_clients(*self._deployed(), chosen)
+        return [row for client in chosen for row in evaluate_clients(*self._received(client), [client])]
 
     def personal(self, client: Client) -> Predictive:
         """What a client predicts with after it has adapted to its training examples, from its state if it has one."""
@@ -120,17 +125,20 @@ class Result:
 
         `before_...` is the model as it arrives (with the client's own parameters, if it has any), `after_...` is
         `personal(client)`; `seen` is "yes" for a client whose statistics were in the sum of some round. Clients
-        without held-out examples are evaluated on what they train on, and `on` says so. metrics.over_clients sums up.
+        without held-out examples are evaluated on what they train on, and `on` says so. metrics.over_clients sums up,
+        of seen and unseen clients apart with metrics.by_seen.
         """
         seen = {c.index for r in self.history for c in r.clients if c.status == "ok"}
         rows = []
         for client in (clients[i] for i in range(min(limit, len(clients)))):
-            local = replace(self.algorithm, prior=self.algorithm.seen_by(self._state(client)[1]))
-            row = before_and_after(
-                self.objective, local.deploy(self.eta, self.objective), self.personal(client), client
-            )
+            row = before_and_after(self.objective, self._received(client), self.personal(client), client)
             rows.append(row | {"seen": "yes" if client.index in seen else "no"})
         return rows
+
+    def _received(self, client: Client) -> tuple[Objective, Params]:
+        """The model as it arrives at a client, with the client's own parameters if it has any."""
+        local = replace(self.algorithm, prior=self.algorithm.seen_by(self._state(client)[1]))
+        return local.deploy(self.eta, self.objective)
 
     def row(self) -> dict[str, str | float | int]:
         """The numbers of a comparison: one line of results.json."""

@@ -21,7 +21,7 @@ from fedprior.layer import Finished, Setting
 from fedprior.losses import Loss, PerExample
 from fedprior.metrics import evaluate
 from fedprior.objective import Objective
-from fedprior.progress import Progress
+from fedprior.progress import Progress, left_whole
 from fedprior.records import RecordFile, Round
 from fedprior.result import Result, some_inputs
 from fedprior.rng import generator
@@ -97,7 +97,8 @@ def run(
         state, file, history = loop.begin(out, resume, counts, test)
         if file is not None:
             stack.callback(file.close)
-        bar = stack.enter_context(Progress(algorithm.name, rounds, progress, history))
+        whole = left_whole(objective.model, loop.algorithm.prior)
+        bar = stack.enter_context(Progress(algorithm.name, rounds, progress, history, whole))
         last = state.number == rounds or loop.spent(history, state)
         while not last:
             state, record = loop.round(state)

@@ -233,7 +233,10 @@ def vit(
 ) -> nn.Module:
     """A ViT initialised from `seed`; heads and hidden neurons can be removed, the width cannot."""
     if width % heads or image % patch:
-        raise ValueError(f"heads must divide width and patch must divide image, got {heads}, {width}, {patch}, {image}")
+        raise ValueError(
+            "vit needs heads that divide width, and a patch that divides the side of the images; got "
+            f"{heads=}, {width=}, {patch=}, {image=}"
+        )
     return seeded(ViT(image, patch, width, heads, depth, hidden, classes), seed)
 
 

@@ -8,6 +8,7 @@ from collections.abc import Iterable, Mapping
 from html import escape
 from typing import get_args
 
+from fedprior import personalised
 from fedprior.records import Status
 from fedprior.report.tracks import Track, metric_of
 from fedprior.rows import cells
@@ -48,6 +49,7 @@ def page(tracks: list[Track], images: Mapping[str, bytes]) -> str:
         f"<title>fedprior: {escape(names)}</title><style>{_STYLE}</style></head><body>",
         f"<h1>fedprior: {escape(names)}</h1>",
         _results(tracks),
+        _personalised(tracks),
         *(_figure(name, png, tracks) for name, png in images.items()),
         _lost(tracks),
         _configurations(tracks),
@@ -61,6 +63,22 @@ def _results(tracks: list[Track]) -> str:
     body = [cells(t.row) for t in tracks]
     note = "nats: negative log-likelihood per test example. MB: 10<sup>6</sup> bytes of payload, all rounds."
     return _table(head, body) + f'<p class="note">{note}</p>'
+
+
+def _personalised(tracks: list[Track]) -> str:
+    """Clients before and after they adapt, if examples of theirs were held out."""
+    with_rows = [t for t in tracks if t.personalised]
+    if not with_rows:
+        return ""
+    score = personalised.score_of([row for t in with_rows for row in t.personalised])
+    body = [line for t in with_rows for line in personalised.cells(t.name, t.personalised, score)]
+    note = (
+        f"Means over up to {personalised.MOST} clients, each on its held-out examples. Before: the model as it "
+        "arrives, with the client's own parameters if it keeps any. After: once it has trained on its examples. "
+        "Worst decile: a tenth of the clients do no better. Seen: took part in a round."
+    )
+    title = "<h2>Clients before and after they adapt</h2>"
+    return f'{title}{_table(personalised.titles(score), body)}<p class="note">{note}</p>'
 
 
 def _figure(name: str, png: bytes, tracks: list[Track]) -> str:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
+from fedprior import personalised
 from fedprior.compare import CLIENTS, TOML, holds_run, row_of_records
 from fedprior.records import Round
 from fedprior.records import read as read_rounds
@@ -24,12 +25,14 @@ class Track:
         rounds: records.jsonl.
         clients: clients.json, the final model on each client; empty for an unfinished run.
         toml: run.toml; empty if there is none.
+        personalised: personalised.json, clients before and after they adapt; empty where there is none.
     """
 
     row: Row
     rounds: list[Round]
     clients: list[dict[str, Any]]
     toml: str
+    personalised: list[personalised.Row] = field(default_factory=list)
 
     @property
     def name(self) -> str:
@@ -74,4 +77,5 @@ def _track(folder: Path) -> Track:
     except json.JSONDecodeError as error:
         raise ValueError(f"{clients} is not JSON: {error}") from error
     text = toml.read_text(encoding="utf-8") if toml.exists() else ""
-    return Track(rows[0] if finished else row_of_records(folder), rounds, per_client, text)
+    adapted = personalised.read(folder) if finished else []
+    return Track(rows[0] if finished else row_of_records(folder), rounds, per_client, text, adapted)

@@ -1,0 +1,46 @@
+"""What a run says while it goes on."""
+
+import pytest
+
+import fedprior as fp
+from cases import classification_clients
+from fedprior.progress import left_whole
+
+CLIENTS = classification_clients((8, 9, 10))
+
+
+def mlp():
+    return fp.models.mlp(4, (6, 5), 3)  # layers 1, 3 and 5 have parameters
+
+
+SPARSE = [
+    fp.fedsparse(density=0.5),
+    fp.fedsparse(lambda_0=0.1),
+    fp.grouplasso(),
+    fp.feddropout(),
+    fp.fedsparsemixture(density=0.5),
+]
+
+
+@pytest.mark.parametrize("algorithm", SPARSE, ids=lambda a: a.name)
+def test_a_run_with_groups_begins_with_the_layers_that_stay_whole(algorithm, capsys):
+    """Of a perceptron, the last one: its units are the classes."""
+    fp.run(algorithm, mlp(), CLIENTS, rounds=1, progress=True)
+    lines = capsys.readouterr().err.splitlines()
+    assert f"{algorithm.name}: layers that stay whole: 5 (Linear)" in [line.strip() for line in lines]
+    fp.run(algorithm, mlp(), CLIENTS, rounds=1, progress=False)
+    assert capsys.readouterr().err == ""
+
+
+def test_a_run_without_groups_says_nothing_of_them(capsys):
+    fp.run(fp.fedavg(), mlp(), CLIENTS, rounds=1, progress=True)
+    assert "whole" not in capsys.readouterr().err
+
+
+def test_norms_and_embeddings_are_named_with_their_kind():
+    model = fp.models.vit(8, 4, 12, 3, 1, 20)
+    bound = fp.fedsparse(density=0.5).bind(model, fp.data.load("digits")[0].x[:1])
+    assert left_whole(model, bound.prior) == (
+        "layers that stay whole: patches (Conv2d), positions (Embedding), blocks.0.norm1 (LayerNorm), blocks.0.norm2 "
+        "(LayerNorm), blocks.0.attention.out (Linear), blocks.0.second (Linear), norm (LayerNorm), head (Linear)"
+    )
