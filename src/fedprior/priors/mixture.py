@@ -68,6 +68,22 @@ class Mixture:
         """The components', and the shares."""
         return (*names_of_parts([getattr(self.prior, "exact", ())] * self.components), "share")
 
+    @property
+    def bounds(self) -> dict[str, float]:
+        """The components'."""
+        own = getattr(self.prior, "bounds", {})
+        return {f"part{k}_{term}": most for k in range(self.components) for term, most in own.items()}
+
+    @property
+    def precise(self) -> tuple[str, ...]:
+        """The components'."""
+        return names_of_parts([getattr(self.prior, "precise", ())] * self.components)
+
+    @property
+    def precise_eta(self) -> tuple[str, ...]:
+        """The components'."""
+        return names_of_parts([getattr(self.prior, "precise_eta", ())] * self.components)
+
     def bind(self, model: nn.Module, x: Tensor) -> Self:
         """The model's parameters get noise, its buffers do not."""
         prior = self.prior.bind(model, x) if hasattr(self.prior, "bind") else self.prior
