@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
+import torch
 
 import fedprior as fp
 from budget_calls import MODELS, ROUNDS, VECTORS, run, total
@@ -79,7 +80,7 @@ SPENT = [
     Spent([round_of(1, (100, 50), (100, 60))], 310 + 2 * 90 + 2.1 * 60, 90),
     Spent([round_of(1, (100, 50), (100, 60))], 310 + 2 * 130 + 2.1 * 60, 130),
     Spent([round_of(1, (100, 50), (100, 60))], 310 + 2.1 * 100 + 2 * 62, None, 62),
-    Spent([round_of(1, (100, 50), (100, 60))], 310 + 2 * 90 + 2.1 * 60, 90, 64),  # 5 % more than 60 are less than 64
+    Spent([round_of(1, (100, 50), (100, 60))], 310 + 2 * 90 + 2 * 64, 90, 64),  # other clients may send all of the 64
     Spent([round_of(1, (100, 0), (100, 0))], 200 + 2 * 90 + 2 * 64, 90, 64),
 ]
 
@@ -153,3 +154,16 @@ def test_clients_that_do_not_answer_do_not_fool_it(algorithm: fp.Algorithm) -> N
         used.append(total(result) / 1e6)
         assert len(result.history) < 60
     assert max(used) <= mb and min(used) > 0.7 * mb
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_a_client_whose_messages_compress_less_does_not_exceed_it(seed: int) -> None:
+    """Six clients whose inputs are zeros, and two with noise, whose messages are half as long again; one a round."""
+    rng = torch.Generator().manual_seed(0)
+    clients = []
+    for i in range(8):
+        x, y = torch.randn(40, 20, generator=rng) * (i >= 6), torch.randint(3, (40,), generator=rng)
+        clients.append(fp.Client(i, f"client-{i}", fp.Examples(x, y)))
+    algorithm = replace(fp.fedavg(value_type="int8", entropy="zlib"), budget=Budget(0.05))
+    result = fp.run(algorithm, fp.models.mlp(20, (60,), 3), clients, rounds=40, cohort=1, seed=seed, progress=False)
+    assert 0.8 * 0.05e6 < total(result) <= 0.05e6 and len(result.history) < 40

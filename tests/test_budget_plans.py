@@ -190,6 +190,17 @@ def test_what_an_argument_makes_of_fedsparse() -> None:
     assert default.codec == Sparse() and not default.delta and default.budget is None
 
 
+@pytest.mark.parametrize("make", [fp.fedsparse, fp.fedsparsemixture], ids=lambda f: f.__name__)
+@pytest.mark.parametrize("value_type", ["float32", "bfloat16", "int8", "int4"])
+def test_an_entropy_that_is_given_is_taken(make, value_type: str) -> None:
+    for entropy in ("none", "zlib", "zstd"):
+        algorithm = make(value_type=value_type, entropy=entropy)
+        assert algorithm.codec == Sparse(value_type, entropy)
+        assert algorithm.downlink == (Sparse("int8", entropy) if value_type == "int4" else None)
+    usual = "none" if value_type == "float32" else "zlib"
+    assert make(value_type=value_type) == make(value_type=value_type, entropy=usual)
+
+
 def test_nothing_is_planned_for_other_algorithms() -> None:
     for algorithm in (fp.fedavg(), fp.fedsparse(lambda_0=0.1), fp.feddropout()):
         bound = planned("mlp", algorithm)

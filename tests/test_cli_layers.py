@@ -108,7 +108,7 @@ REFUSED: dict[str, tuple[str, list[str], str]] = {
     "bits": ("[secure]\nbits = 8", [], "bits must be one of 16, 32, 64, got 8"),
     "bound": ('[secure]\nbound = {phi = "a"}', [], "phi of bound in [secure] must be float, got 'a'"),
     "term": ("[secure]\nbound = {psi = 1}", [], "no bound for the term 'phi'"),
-    "type": ('[secure]\nbound = "a"', [], "must be float or a table {name = value, ...}, got 'a'"),
+    "type": ('[secure]\nbound = "a"', [], "must be float or a table {name = value, ...} or \"none\", got 'a'"),
     "section": ("", ["--secure", "--engine", "stacked"], "Auto(), Workers() or Sequential()"),
     "poisson": ('[secure]\n[privacy]\nnoise_multiplier = 1\nsampling = "poisson"', [], "write sampling='fixed'"),
 }

@@ -80,6 +80,26 @@ def test_a_secure_run_is_the_plain_run_up_to_rounding(weighting: Any, most: floa
     assert all(r.layer["within"] == 1 for r in secure.history)
 
 
+@pytest.mark.parametrize("bound, told", [(4.0, False), (1e-4, True)])
+def test_a_bound_that_cuts_off_what_clients_say_is_warned_of(bound: float, told: bool) -> None:
+    """But not of a private sum, whose share within C is what C follows."""
+    result = go(replace(PLAIN, secure=SecureSum(bound)))
+    assert [r.layer["within"] for r in result.history] == [0.0 if told else 1.0] * 3
+    assert ("100% of the clients had values beyond the bound" in result.summary()) == told
+    private = Privacy(noise_multiplier=0.0, delta=0.01, clip=1e-4, quantile=0.5, clip_rate=1e-6)
+    assert "beyond the bound" not in go(replace(PLAIN, secure=SecureSum(), privacy=private)).summary()
+
+
+def test_a_bound_is_what_is_written_else_the_priors_else_four() -> None:
+    gates, plain, named = fp.fedsparse().prior, PLAIN.prior, SecureSum({"phi": 1.0})
+    assert [SecureSum().bound_of(term, gates) for term in ("phi", "gain")] == [4.0, 1e4]
+    assert [SecureSum(2.0).bound_of(term, gates) for term in ("phi", "gain")] == [2.0, 2.0]
+    assert [named.bound_of(term, gates) for term in ("phi", "gain")] == [1.0, 1e4]
+    assert SecureSum().bound_of("phi", plain) == 4.0
+    with pytest.raises(ValueError, match="no bound for the term 'psi', only for phi"):
+        named.bound_of("psi", plain)
+
+
 def test_workers_seal_alike() -> None:
     one, many = go(SECURE), go(SECURE, engine=engines.Workers(2))
     assert equal(one.params, many.params)

@@ -15,7 +15,7 @@ import laws
 import learned_scale
 import quadratics
 from cases import PLAIN, Case, close, equal, scaled, total
-from fedprior import inference, posteriors, priors, tree
+from fedprior import inference, posteriors, priors, tree, wire
 from fedprior.codecs import Dense
 from fedprior.objective import Objective
 from fedprior.rng import generator
@@ -54,6 +54,20 @@ def settle(prior: priors.ScaleMixture, phi: Tensor, steps: int = 400, start: Ten
         qs = [posteriors.Scaled({"w": row}, prior.confidence(eta, {"w": row})) for row in phi]
         eta = prior.m_step(eta, total([prior.stats(q) for q in qs]).only(prior.uplink))
     return eta.mean["w"]
+
+
+@KINDS
+@pytest.mark.parametrize("scale, smooth", [(0.5, 1e-2), (0.05, 1e-2), (3.0, 1e-3), (0.1, 1.0)])
+def test_a_message_is_within_the_bounds_that_a_secure_sum_goes_by(kind: Any, scale: float, smooth: float) -> None:
+    """Wherever a client's weights are; and within a third of them somewhere, so that the bits are of use."""
+    prior, far = priors.ScaleMixture(kind, scale, smooth), torch.logspace(-6, 6, 400)
+    made = replace(fp.laplace(), prior=prior)
+    eta = prior.init({"w": torch.full((1201,), 0.3)})
+    phi = {"w": 0.3 + torch.cat([far, -far, torch.zeros(1), torch.linspace(-4, 4, 400) * smooth])}
+    message, _ = wire.difference(made, eta, made.message(eta, posteriors.Scaled(phi, prior.confidence(eta, phi))))
+    for term, most in prior.bounds.items():
+        least = most / 3 if smooth < scale else 0.0
+        assert least < float(message[f"{term}/w"].abs().max()) <= most, term
 
 
 def test_laplace_settles_at_the_median() -> None:

@@ -19,6 +19,7 @@ from fedprior.codecs.frame import HEADER_BYTES
 from fedprior.core import Stats
 from fedprior.objective import Objective
 from fedprior.priors.parts import part_etas
+from fedprior.privacy import SecureSum
 from fedprior.rng import generator
 from laws import caught
 
@@ -170,6 +171,18 @@ def test_differences_are_zero_for_all_components_but_the_client_s() -> None:
         wire.flat(heavy),
         1e-5,
     )
+
+
+def test_a_secure_sum_has_the_units_of_all_components() -> None:
+    """Those that the component with most clients has removed as well: the run in the open, up to rounding."""
+    clients, model = classification_clients((14, 9, 22, 17, 11)), fp.models.mlp(4, (8,), 3)
+    plain = fp.fedsparsemixture(density=0.5)
+    etas = [
+        tree.flatten(fp.run(a, model, clients, rounds=2, progress=False).eta)
+        for a in (plain, replace(plain, secure=SecureSum(most=22)))
+    ]
+    assert not torch.equal(etas[0]["part0_keep/1"], etas[0]["part1_keep/1"])
+    assert close(*etas, 1e-3)
 
 
 def test_messages_of_eight_bits_are_shorter() -> None:

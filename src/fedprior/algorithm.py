@@ -5,6 +5,7 @@ Optional methods of a prior, each with the meaning it has when absent:
     bind(model, x) -> prior         look at the model before round one        (the prior itself)
     sample(eta, rng) -> eta_s       what one client receives                  (eta, the same payload for all)
     cut(eta) -> Cut                 the units that are left of the model      (all of them)
+    cuts(eta) -> {prefix: Cut}      those of the terms with a prefix          ({"": cut(eta)})
     message(eta_s, q) -> Stats      what one client uploads                   (the `uplink` terms of stats(q))
     reference(eta_s, sent) -> Stats what deltas are taken from: see below     (the message of inference.start)
     accept(eta_s, stats) -> Stats   what the server counts of an upload       (all of it)
@@ -19,7 +20,9 @@ Optional methods of a prior, each with the meaning it has when absent:
 Optional attributes: `exact`, a tuple of eta's fields that take the exact M-step whatever the server step is, before
 `project`: gates, counters and running means, which no optimiser may overshoot. Absent, there are none. `individual`:
 True if `accept` does more than to refuse, so that the server needs uploads one by one; absent, False, unless there is
-a `sample`. Sums that hide the uploads (secure, privacy) and robust rules do not call `accept` on single ones.
+a `sample`. Sums that hide the uploads (secure, privacy) and robust rules do not call `accept` on single ones. `bounds`:
+term -> the largest change of an entry of it, under secure sums; absent, 4 for all (privacy/secure_sum.py). `precise`
+and `precise_eta`: terms, and fields of eta, of which a codec may set no entry to zero (codecs/fit.py).
 
 An optional method of an inference, with what it means when absent:
 
@@ -50,7 +53,7 @@ from torch import Tensor, nn
 
 from fedprior import tree
 from fedprior.budget import Budget
-from fedprior.codecs import Dense, TopK
+from fedprior.codecs import Dense, fit
 from fedprior.core import Client, Codec, Eta, Inference, Params, Prior, ServerStep, Stats
 from fedprior.objective import Objective
 from fedprior.posteriors import Predictive
@@ -112,27 +115,8 @@ class Algorithm:
                 raise TypeError(f"{part}={value!r} is not a {protocol.__name__}: {why}")
         if self.weighting not in get_args(Weighting):
             raise ValueError(f"weighting must be one of {', '.join(get_args(Weighting))}, got {self.weighting!r}")
-        self._check_wire()
+        fit.check(self)
         self._check_layer()
-
-    def _check_wire(self) -> None:
-        """Entries that a codec leaves out must be differences, and what is sent late must still count."""
-        if isinstance(self.downlink or self.codec, TopK):
-            raise ValueError("TopK would set most of the broadcast eta to zero: write downlink=Dense(), or Sparse()")
-        if isinstance(self.codec, TopK) and not self.delta:
-            raise ValueError("TopK would set most of what the clients learned to zero: write delta=True")
-        if self.feedback and not self.delta:
-            raise ValueError("feedback=True adds up differences: write delta=True as well")
-        if self.feedback and (self.samples or hasattr(self.prior, "reference")):
-            raise ValueError(
-                "feedback=True needs statistics that are means over all clients, and those of "
-                f"{type(self.prior).__name__} are over the clients whose gates are open: leave feedback out"
-            )
-        if self.feedback and hasattr(self.prior, "cut"):
-            raise ValueError(
-                f"feedback=True sends late what was left out, and {type(self.prior).__name__} removes units, whose "
-                "weights nobody waits for any more: leave feedback out"
-            )
 
     def _check_layer(self) -> None:
         """What hides uploads, what needs them, and what bounds them."""

@@ -34,12 +34,12 @@ class Budget:
             history: the rounds so far; a run that has none has not spent anything.
             cohort: clients a round.
             down: bytes of the next broadcast; None if they are not known: 5 % more than the longest of the last ones.
-            up: the most bytes that a client can send; None as for `down`, which is the limit in any case.
+            up: the most bytes that a client can send; None as for `down`.
         """
         so_far = sum(r.bytes_down + r.bytes_up for r in history)
         grown_down, grown_up = (_GROWTH * _last(history, d) for d in ("bytes_down", "bytes_up"))
         down = grown_down if down is None else down
-        up = grown_up if up is None else min(up, grown_up or up)
+        up = grown_up if up is None else up
         return bool(history) and so_far + cohort * (down + up) > self.mb * 1e6
 
 

@@ -156,9 +156,9 @@ class Prior(Protocol):
     """p(phi_s | eta): five short methods, in this order, and the names of what travels.
 
     Optional methods, looked up by the functions of `algorithm.py` and described there:
-    `bind(model, x)`, `sample(eta, rng)`, `cut(eta)`, `message(eta, q)`, `reference(eta, sent)`, `accept(eta, stats)`,
-    `project(eta, before)`, `kept(q)`, `recall(kept)`, `predictive(eta, rng)`, `log_hyper(eta, before)`; and an optional
-    attribute, `exact`.
+    `bind(model, x)`, `sample(eta, rng)`, `cut(eta)`, `cuts(eta)`, `message(eta, q)`, `reference(eta, sent)`,
+    `accept(eta, stats)`, `project(eta, before)`, `kept(q)`, `recall(kept)`, `predictive(eta, rng)`,
+    `log_hyper(eta, before)`; and optional attributes, `exact`, `bounds`, `precise` and `precise_eta`.
     """
 
     @property

@@ -10,6 +10,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+_WITHIN = 0.9  # the share of clients that nothing is cut off, below which there is a warning
 Status = Literal["ok", "dropped", "late", "rejected", "failed"]
 
 
@@ -81,7 +82,7 @@ class Round:
 
 
 def warning(history: Sequence[Round]) -> str:
-    """One line on uploads that were refused and rounds without an update; empty if there were none."""
+    """One line on uploads that were refused or cut off and rounds without an update; empty if there were none."""
     told = [c for r in history for c in r.clients]
     rejected = [c for c in told if c.status == "rejected"]
     failed = [c for c in told if c.status == "failed"]
@@ -96,6 +97,13 @@ def warning(history: Sequence[Round]) -> str:
         lost = Counter(c.status for r in stuck for c in r.lost())
         why = ", ".join(f"{n} {status}" for status, n in lost.items()) or stuck[0].kept_eta
         parts.append(f"in {len(stuck)} of {len(history)} rounds the model was not updated (clients: {why})")
+    # with privacy, `within` is what the clip follows
+    within = [r.layer["within"] for r in history if "within" in r.layer and "clip" not in r.layer]
+    if within and (mean := sum(within) / len(within)) < _WITHIN:
+        parts.append(
+            f"{1 - mean:.0%} of the clients had values beyond the bound of the secure sum, which were cut off: "
+            "write SecureSum(bound=...) with a larger bound, or a lower learning rate"
+        )
     if any("not finite" in text for text in [*(c.reason for c in rejected), *(r.kept_eta for r in stuck)]):
         parts.append("values that are not finite: look for NaN in the data, or lower the learning rate")
     return "; ".join(parts)

@@ -22,13 +22,13 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping
 from dataclasses import replace
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
 from fedprior import tree
 from fedprior.algorithm import Algorithm
-from fedprior.codecs import PayloadError, schema_of
+from fedprior.codecs import Entropy, PayloadError, Sparse, ValueType, schema_of
 from fedprior.core import Eta, Params, Schema, Stats
 
 
@@ -87,6 +87,13 @@ def restored(algorithm: Algorithm, eta: Eta, stats: Stats) -> Stats:
     """The inverse of `difference`, of one client or of a sum: r is linear."""
     message, reference = flat(stats), flat(algorithm.reference(eta, stats))
     return unflat(message | {k: message[k] + r for k, r in reference.items()}, stats.clients)
+
+
+def sparse(value_type: ValueType, entropy: Entropy | Literal["auto"]) -> Sparse:
+    """A codec of sparse messages; "auto" is zlib, but not for float32, which hardly compresses."""
+    if entropy == "auto":
+        entropy = "none" if value_type == "float32" else "zlib"
+    return Sparse(value_type, entropy)
 
 
 def chain(codec: Any, value_type: str) -> dict[str, Any]:

@@ -17,7 +17,8 @@ def fedavg(
 ) -> Algorithm:
     """McMahan et al. 2017, arXiv:1602.05629: a flat Gaussian prior, hard EM, a truncated E-step.
 
-    `value_type` and `entropy` are those of both directions (codecs.Dense, wire.chain).
+    `value_type` and `entropy` are those of both directions (codecs.Dense), but broadcasts have 8 bits at least: with
+    int4 or int2 the server sends int8 (wire.chain).
     """
     e_step, both = inference.Point(lr, epochs, batch_size), wire.chain(Dense(entropy=entropy), value_type)
     return Algorithm(priors.Gaussian(), e_step, weighting=weighting, name="fedavg", **both)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 from fedprior import inference, priors, wire
 from fedprior.algorithm import Algorithm, Weighting
-from fedprior.codecs import Entropy, Sparse, ValueType
+from fedprior.codecs import Entropy, ValueType
 
 
 def fedem(
@@ -79,7 +81,7 @@ def fedsparsemixture(
     batch_size: int | None = 20,
     weighting: Weighting = "examples",
     value_type: ValueType = "float32",
-    entropy: Entropy = "zlib",
+    entropy: Entropy | Literal["auto"] = "auto",
 ) -> Algorithm:
     """Ghosh et al. 2020, Louizos et al. 2021: IFCA whose models are sparse, each with units of its own.
 
@@ -88,5 +90,5 @@ def fedsparsemixture(
     """
     prior = priors.SparseMixture(clusters, priors.SharedGates(density), spread=spread, seed=start)
     e_step = inference.Mixture(inference.Gains(lr, epochs, batch_size), hard=True)
-    both = wire.chain(Sparse(entropy="none" if value_type == "float32" else entropy), value_type)
+    both = wire.chain(wire.sparse(value_type, entropy), value_type)
     return Algorithm(prior, e_step, weighting=weighting, name="fedsparsemixture", **both)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 from fedprior import inference, priors, server, wire
 from fedprior.algorithm import Algorithm, Weighting
 from fedprior.budget import Budget
@@ -17,7 +19,7 @@ def fedsparse(
     batch_size: int | None = 20,
     weighting: Weighting = "examples",
     value_type: ValueType | None = None,
-    entropy: Entropy = "zlib",
+    entropy: Entropy | Literal["auto"] = "auto",
     momentum: float | None = None,
     activations: float | None = None,
     gate_lr: float | None = None,
@@ -30,6 +32,8 @@ def fedsparse(
     the price of a parameter in nats, with gates that each client samples and learns by Adam with rate `gate_lr` (0.05).
     `momentum` is the server's (0.5), and `activations` what a share of them costs when a share of the parameters costs
     1 (0.1; priors.SharedGates): 0.5 gives a faster model. These two are not for `lambda_0`, and `gate_lr` is for it.
+    `value_type` is that of what clients send; broadcasts have 8 bits at least (wire.chain). `entropy` is "zlib" unless
+    it is given, and "none" for float32, which hardly compresses.
     """
     if sum(wish is not None for wish in (density, budget_mb, lambda_0)) > 1:
         raise ValueError(
@@ -38,7 +42,7 @@ def fedsparse(
         )
     _check_used(lambda_0, momentum, activations, gate_lr)
     value_types = (value_type,) if value_type else ("float32",) if budget_mb is None else ("int8", "int4")
-    both = wire.chain(Sparse(entropy="none" if value_types[0] == "float32" else entropy), value_types[0])
+    both = wire.chain(wire.sparse(value_types[0], entropy), value_types[0])
     if lambda_0 is not None:
         gated = inference.Gated(lr, epochs, batch_size, 0.05 if gate_lr is None else gate_lr)
         slab = priors.SpikeSlab(lambda_0, precision)

@@ -61,12 +61,31 @@ class Mixture:
     @property
     def uplink(self) -> tuple[str, ...]:
         """The components', and pi."""
-        return (*names_of_parts([self.prior.uplink] * self.components), "pi")
+        return (*self._of_all("uplink"), "pi")
 
     @property
     def exact(self) -> tuple[str, ...]:
         """The components', and the shares."""
-        return (*names_of_parts([getattr(self.prior, "exact", ())] * self.components), "share")
+        return (*self._of_all("exact"), "share")
+
+    @property
+    def bounds(self) -> dict[str, float]:
+        """The components'."""
+        own = getattr(self.prior, "bounds", {})
+        return {name: own[term] for term in own for name in names_of_parts([(term,)] * self.components)}
+
+    @property
+    def precise(self) -> tuple[str, ...]:
+        """The components'."""
+        return self._of_all("precise")
+
+    @property
+    def precise_eta(self) -> tuple[str, ...]:
+        """The components'."""
+        return self._of_all("precise_eta")
+
+    def _of_all(self, attribute: str) -> tuple[str, ...]:
+        return names_of_parts([getattr(self.prior, attribute, ())] * self.components)
 
     def bind(self, model: nn.Module, x: Tensor) -> Self:
         """The model's parameters get noise, its buffers do not."""

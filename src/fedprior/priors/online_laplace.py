@@ -44,6 +44,8 @@ class OnlineLaplace:
     floor: float = 1e-5
     uplink = ("a", "a_phi")
     exact = ("precision", "rounds")
+    precise = ("a", "a_phi")
+    precise_eta = ("precision",)
 
     class Eta(NamedTuple):
         """The weights, their mean precisions, and the number of rounds (and the start) that those are means over."""

@@ -10,6 +10,7 @@ r"""Laplace and horseshoe: clients differ from the server in few coordinates, an
 
     log_prob    -1/2 c (phi - w)^2 given c;   T = (c, c phi, c phi^2)
     M-step      w = sum_s c_s phi_s / sum_s c_s
+    bounds      c <= r / (b smooth), c |d| <= r / b    r = 1, or 2^(1/2) for horseshoe: (1 + 4/u)^(1/2) - 1 <= 2/u^(1/2)
 
 c depends on the w that the client was sent: one step of iterative reweighting. Its fixed point is, for laplace, the
 clients' median; as plain sums it needs no values of single clients. d^2 is d^2 + smooth^2, so that c is finite.
@@ -51,6 +52,7 @@ class ScaleMixture:
     scale: float = 0.5
     smooth: float = 1e-2
     uplink = ("conf", "conf_phi")
+    precise = uplink
 
     class Eta(NamedTuple):
         """The centre of the clients' parameters."""
@@ -89,8 +91,14 @@ class ScaleMixture:
         return eta.mean
 
     def reference(self, eta: Eta, sent: Stats) -> Stats:
-        """Nothing: what a client trusts its weights with is not known before."""
-        return Stats({}, sent.clients)
+        """c w: the differences c (phi - w) are bounded, and a c that was rounded still stands for weights near w."""
+        return Stats({"conf_phi": tree.map(torch.mul, sent["conf"], eta.mean)}, sent.clients)
+
+    @property
+    def bounds(self) -> dict[str, float]:
+        """The last line of the module's formulas, and a thousandth for rounding."""
+        most = 1.001 * (1.0 if self.kind == "laplace" else math.sqrt(2)) / self.scale
+        return {"conf": most / self.smooth, "conf_phi": most}
 
     def confidence(self, eta: Eta, phi: Params) -> Params:
         """c = E[1/tau^2 | phi, w]; no gradient goes through it."""

@@ -27,6 +27,7 @@ Gallego-Posada et al. 2022, arXiv:2208.04425 (a constraint instead of a penalty)
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import torch
@@ -73,6 +74,7 @@ class SharedGates:
     made: Params | None = field(default=None, compare=False, repr=False)
     uplink = ("phi", "gain")
     exact = ("keep", "gain", "price", "round")
+    bounds = MappingProxyType({"gain": 1e4})  # nats
 
     class Eta(NamedTuple):
         """Shared weights (0 where removed), gates, running gains, the price, and the rounds that are over."""

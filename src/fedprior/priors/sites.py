@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import torch
@@ -40,6 +41,7 @@ class Sites:
     precision: float = 100.0
     uplink = ("precision", "shift")
     exact = ("precision", "shift")
+    bounds = MappingProxyType({"precision": 1e4, "shift": 1e4})  # sums over a client's examples
 
     class Eta(NamedTuple):
         """Precision, and precision times mean."""

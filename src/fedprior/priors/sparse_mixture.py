@@ -67,6 +67,10 @@ class SparseMixture(Mixture):
         """What is left of the component with most clients."""
         return self.prior.cut(most(eta))
 
+    def cuts(self, eta: Eta) -> dict[str, Cut]:
+        """What is left of each component."""
+        return {f"part{k}_": self.prior.cut(part) for k, part in enumerate(part_etas(eta))}
+
     def accept(self, eta: Eta, t: Stats) -> Stats:
         """The statistics of a client; a PayloadError for gains that no E-step finds."""
         for part, own in each(eta, t):

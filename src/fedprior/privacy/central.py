@@ -64,12 +64,12 @@ class Central:
         return finished(self.algorithm, privacy, eta, summed, share, self.most, self.number, records)
 
     def _noisy(self, message: Params, eta: Eta, rng: np.random.Generator) -> Params:
-        """Gaussian noise where there may be a value."""
+        """Gaussian noise where there may be a value, and zeros elsewhere: no value is published without noise."""
         places, out = kept(self.algorithm.prior, eta, self.schema), {}
         for key, value in message.items():
             sigma = self.privacy.noise * self.most * unit(key, self.privacy.scales)
-            noise = torch.from_numpy(sigma * rng.standard_normal(value.numel()) * places[key]).view(value.shape)
-            out[key] = (value.cpu().double() + noise).to(value.dtype)
+            noisy = value.cpu().double().flatten() + torch.from_numpy(sigma * rng.standard_normal(value.numel()))
+            out[key] = (noisy * torch.from_numpy(places[key])).view(value.shape).to(value.dtype)
         return out
 
 

@@ -1,6 +1,6 @@
 """Which entries of a message travel under secure aggregation, in what steps: known to both sides before the round.
 
-    words    the entries that eta's cut leaves, in the order of the schema; the weight; the count of unclipped clients
+    words    the entries that eta's cuts leave, in the order of the schema; the weight; the count of unclipped clients
 
 Entries of removed units are not sent, since nobody has them: FedSparse stays small under masks that look random.
 """
@@ -20,6 +20,7 @@ from fedprior.codecs import PayloadError
 from fedprior.core import Eta, Params, Prior, Schema
 from fedprior.privacy.fixed_point import FixedPoint
 from fedprior.privacy.noise import discrete_gaussian
+from fedprior.slim import Cut
 
 _HEADER = struct.Struct("<4sIII")
 _MAGIC = b"FEDS"
@@ -27,17 +28,21 @@ _MAGIC = b"FEDS"
 
 def kept(prior: Prior, eta: Eta, schema: Schema) -> dict[str, np.ndarray]:
     """Name of a message's tensor -> which of its entries are not those of removed units, flat."""
-    cut = getattr(prior, "cut", None)
-    whole = {key: np.ones(shape, bool).ravel() for key, (shape, _) in schema.items()}
-    if cut is None:
-        return whole
-    left = cut(eta)
-    names = {key: key.split("/", 1)[1] for key in schema}
-    ones = {name: torch.ones(schema[key][0]) for key, name in names.items() if name in left.touched}
+    places = {key: np.ones(shape, bool).ravel() for key, (shape, _) in schema.items()}
+    cut, cuts = (getattr(prior, method, None) for method in ("cut", "cuts"))
+    for part, left in (cuts(eta) if cuts else {"": cut(eta)} if cut else {}).items():
+        places |= _left({key: shape for key, (shape, _) in schema.items() if key.startswith(part)}, left)
+    return places
+
+
+def _left(shapes: Mapping[str, tuple[int, ...]], left: Cut) -> dict[str, np.ndarray]:
+    """`kept`, for the tensors that one cut is of."""
+    names = {key: key.split("/", 1)[1] for key in shapes}
+    ones = {name: torch.ones(shapes[key]) for key, name in names.items() if name in left.touched}
     masks = left.scatter(left.gather(ones), ones)
     units = {g.name: torch.ones(g.units) for g in left.groups}
     masks |= left.all_units(left.units(units))
-    return whole | {key: masks[name].numpy().ravel() > 0 for key, name in names.items() if name in masks}
+    return {key: masks[name].numpy().ravel() > 0 for key, name in names.items() if name in masks}
 
 
 @dataclass(frozen=True)

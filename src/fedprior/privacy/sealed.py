@@ -42,7 +42,8 @@ def layout(setting: Setting, number: int, eta: Eta, most: float) -> Layout:
     one = np.ones(1, bool)
     if privacy is None:
         fixed = FixedPoint(secure_sum.bits, cohort)
-        bounds = {key: secure_sum.bound_of(key.split("/", 1)[0]) * secure_sum.most for key in setting.schema}
+        terms = {key: key.split("/", 1)[0] for key in setting.schema}
+        bounds = {key: secure_sum.bound_of(term, algorithm.prior) * secure_sum.most for key, term in terms.items()}
         fields = {key: Field(places[key], bound) for key, bound in bounds.items()}
         fields |= {"weight": Field(one, secure_sum.most), "within": Field(one, 1.0)}
         return Layout(setting.schema, fields, fixed, number)

@@ -7,6 +7,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+_USUAL = 4.0
+
 
 @dataclass(frozen=True)
 class SecureSum:
@@ -17,29 +19,31 @@ class SecureSum:
 
     Attributes:
         bound: the largest change of an entry before its weight, for all terms or by term: {"phi": 1.0, "gain": 1e4}.
-            What is beyond is cut off; the records say how many clients had such a value.
+            Terms that are not named have what the prior says of them (its `bounds`); with None all have, else 4. What
+            is beyond is cut off; the records say how many clients had such a value.
         bits: of an entry on the wire, 16, 32 or 64.
         most: the largest weight; clients with more examples count as this many. Needed with weighting="examples".
     """
 
-    bound: float | Mapping[str, float] = 4.0
+    bound: float | Mapping[str, float] | None = None
     bits: int = 32
     most: float = 1.0
 
     def __post_init__(self) -> None:
-        values = list(self.bound.values()) if isinstance(self.bound, Mapping) else [self.bound]
-        if not values or not all(0 < v < math.inf for v in [*values, self.most]):
+        values = list(self.bound.values()) if isinstance(self.bound, Mapping) else [self.bound or _USUAL]
+        if self.bound == 0 or not values or not all(0 < v < math.inf for v in [*values, self.most]):
             raise ValueError(f"SecureSum needs finite bound > 0 and most > 0, got {self.bound} and {self.most}")
 
-    def bound_of(self, term: str) -> float:
-        """Of the entries of one term, before their weight."""
-        if not isinstance(self.bound, Mapping):
+    def bound_of(self, term: str, prior: Any) -> float:
+        """Of the entries of one term of a prior's, before their weight."""
+        if isinstance(self.bound, float | int):
             return self.bound
-        if term not in self.bound:
+        known = {**getattr(prior, "bounds", {}), **(self.bound or {})}
+        if self.bound and term not in known:
             raise ValueError(
                 f"SecureSum(bound=...) has no bound for the term {term!r}, only for {', '.join(self.bound)}: add one"
             )
-        return self.bound[term]
+        return known.get(term, _USUAL)
 
 
 def check(algorithm: Any) -> None:
