@@ -68,9 +68,9 @@ def test_a_server_that_is_killed_resumes_and_counts_nothing_twice(nodes: Deploym
 def test_a_superlink_that_is_killed_and_everything_started_anew_has_the_bits_of_a_run_that_was_never_stopped(
     tmp_path: Path,
 ) -> None:
-    """At a random moment of round two; the nodes, where the heads are, are killed as well: a power cut."""
+    """At a random moment of round two, which takes 6 s; the nodes, where the heads are, are killed too: a power cut."""
     task = project(tmp_path / "job", "fp.fedper(lr=0.1)")
-    moment = float(numpy_generator(int.from_bytes(os.urandom(4), "big"), "moment").uniform(0, 4))  # a round takes 6 s or more
+    moment = float(numpy_generator(int.from_bytes(os.urandom(4), "big"), "moment").uniform(0, 4))
     with Deployment(tmp_path) as d:
         for partition in range(NODES):
             d.node(partition, NODES)
