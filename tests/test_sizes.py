@@ -13,9 +13,8 @@ LARGER = {
     "priors/shared_gates.py": 140,  # a schedule, and gates that only the server decides on
     "priors/spike_slab.py": 85,
     "priors/dropout.py": 80,
-    "priors/split.py": 90,  # these three compose other priors
+    "priors/split.py": 90,  # these two compose other priors
     "priors/parts.py": 80,
-    "priors/mixture.py": 70,
     "inference/stacked.py": 135,  # these two are shared by the others
     "inference/ascent.py": 115,
 }

@@ -31,11 +31,11 @@ from fedprior.core import Eta, Params, Stats
 from fedprior.posteriors import Predictive
 from fedprior.priors import components
 from fedprior.priors.gaussian import Gaussian
-from fedprior.priors.parts import check_place, join_etas, join_stats, names_of_parts, part_etas
+from fedprior.priors.parts import check_place, join_etas, join_stats, part_etas
 
 
 @dataclass(frozen=True)
-class Mixture:
+class Mixture(components.Wire):
     """K priors with an eta each.
 
     Attributes:
@@ -57,35 +57,6 @@ class Mixture:
         if self.components < 1 or not 0 <= self.spread < math.inf:
             raise ValueError(f"need components >= 1, and a finite spread >= 0, got {self}")
         check_place(self.prior, self.no_place, "a component of a Mixture; SparseMixture takes SharedGates")
-
-    @property
-    def uplink(self) -> tuple[str, ...]:
-        """The components', and pi."""
-        return (*self._of_all("uplink"), "pi")
-
-    @property
-    def exact(self) -> tuple[str, ...]:
-        """The components', and the shares."""
-        return (*self._of_all("exact"), "share")
-
-    @property
-    def bounds(self) -> dict[str, float]:
-        """The components'."""
-        own = getattr(self.prior, "bounds", {})
-        return {name: own[term] for term in own for name in names_of_parts([(term,)] * self.components)}
-
-    @property
-    def precise(self) -> tuple[str, ...]:
-        """The components'."""
-        return self._of_all("precise")
-
-    @property
-    def precise_eta(self) -> tuple[str, ...]:
-        """The components'."""
-        return self._of_all("precise_eta")
-
-    def _of_all(self, attribute: str) -> tuple[str, ...]:
-        return names_of_parts([getattr(self.prior, attribute, ())] * self.components)
 
     def bind(self, model: nn.Module, x: Tensor) -> Self:
         """The model's parameters get noise, its buffers do not."""
