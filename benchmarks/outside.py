@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import statistics
 from pathlib import Path
 
 import personalised  # benchmarks/personalised.py
@@ -20,7 +21,7 @@ from pareto import slug  # benchmarks/pareto.py
 from torch.nn import functional as F
 
 import fedprior as fp
-from fedprior.metrics import ood_auroc, over_clients
+from fedprior.metrics import evaluate, ood_auroc
 
 POINT = ("fedavg", "fedprox", "fedavgm", "fedper", "ditto", "pfedme", "ifca")
 BAYESIAN = (
@@ -59,11 +60,13 @@ def one(name: str, seed: int, tuned: personalised.Row) -> dict[str, float]:
         engine=fp.engines.Sequential(1),
         progress=False,
     )
-    told = [
-        ood_auroc(result.objective, result.personal(c), c.held_out, outside) for c in clients if c.held_out is not None
-    ]
-    accuracy = over_clients(result.personalised(clients))["after_accuracy"]["mean"]
-    return {"accuracy": accuracy, "auroc": sum(told) / len(told)}
+    accuracies, told = [], []
+    for client in clients:
+        if client.held_out is not None:
+            model = result.personal(client)
+            accuracies.append(evaluate(result.objective, model, client.held_out).means()["accuracy"])
+            told.append(ood_auroc(result.objective, model, client.held_out, outside))
+    return {"accuracy": statistics.fmean(accuracies), "auroc": statistics.fmean(told)}
 
 
 def main() -> None:

@@ -98,13 +98,11 @@ def _pull(term: Callable[[Params, Params], Tensor], m: Params, wide: Params) -> 
 
 
 def mixed_draws(m: Params, wide: Params, draws: int, rng: torch.Generator) -> posteriors.Predictive:
-    """Equal weights for draws of N(m, exp(wide)^2); what has no width stays at m."""
-    return posteriors.Predictive.equal([m | draw(m, wide, wide, rng) for _ in range(draws)])
-
-
-def draw(m: Params, wide: Params, names: Iterable[str], rng: torch.Generator) -> Params:
-    """m + exp(wide) e of the parameters `names`."""
-    return {k: m[k] + wide[k].exp() * e for k, e in _noise(m, names, rng).items()}
+    """Equal weights for draws m + s e of N(m, diag s^2); what has no width stays at m."""
+    s = tree.map(torch.exp, wide)
+    return posteriors.Predictive.equal(
+        [m | {k: m[k] + s[k] * e for k, e in _noise(m, s, rng).items()} for _ in range(draws)]
+    )
 
 
 def _noise(like: Params, names: Iterable[str], rng: torch.Generator) -> Params:

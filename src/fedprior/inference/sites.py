@@ -82,7 +82,8 @@ class Sites:
                 f"inference.Sites needs a prior in natural parameters, and {type(prior).__name__} is none. "
                 "Use the prior Sites(precision=...), or inference.Point(lr=...)."
             )
-        return posteriors.Site(*[tree.map(torch.zeros_like, eta.shift)] * 2)
+        zeros = tree.map(torch.zeros_like, eta.shift)
+        return posteriors.Site(zeros, zeros)
 
     def e_step(
         self, objective: Objective, prior: Any, eta: Eta, client: Client, state: Params | None, rng: torch.Generator
@@ -126,8 +127,8 @@ class Sites:
                 for k, e in signs.items():
                     slope = examples * (above[k] + below[k]) / 2
                     curvature = examples * (e * (above[k] - below[k]) * precision[k].sqrt() / (2 * self.spread))
-                    curvature = cavity.precision[k] + curvature.clamp(min=0)
-                    precision[k] = (1 - self.lr) * precision[k] + self.lr * curvature
+                    target = cavity.precision[k] + curvature.clamp(min=0)
+                    precision[k] = (1 - self.lr) * precision[k] + self.lr * target
                     slope = slope + cavity.precision[k] * m[k] - cavity.shift[k]
                     m[k] = m[k] - self.lr * slope / (precision[k] + self.levenberg * examples)
         return type(eta)(precision, tree.map(torch.mul, precision, m))

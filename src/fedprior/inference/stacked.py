@@ -50,12 +50,10 @@ def why_not(objective: Objective, prior: Any, x: Tensor, y: Tensor) -> str:
             _gradients(objective, phi, x[:1].expand(2, *x[:1].shape), y[:1].expand(2, *y[:1].shape), None)
         except RuntimeError as error:  # vmap's answer to layers that draw, or decide by their data
             return f"the model cannot be stacked: {str(error).splitlines()[0]}"
-    slow = [str(w.message) for w in told if "batching rule" in str(w.message)]  # attention has none
-    return (
-        f"a stack would be slow: PyTorch has no batching rule for {slow[0].split('rule for ')[-1].split('. ')[0]}"
-        if slow
-        else ""
-    )
+    if slow := [str(w.message) for w in told if "batching rule" in str(w.message)]:  # attention has none
+        operation = slow[0].split("rule for ")[-1].split(". ")[0]
+        return f"a stack would be slow: PyTorch has no batching rule for {operation}"
+    return ""
 
 
 def e_steps(

@@ -30,8 +30,9 @@ class SecureSum:
     most: float = 1.0
 
     def __post_init__(self) -> None:
-        values = list(self.bound.values()) if isinstance(self.bound, Mapping) else [self.bound or _USUAL]
-        if self.bound == 0 or not values or not all(0 < v < math.inf for v in [*values, self.most]):
+        bound = _USUAL if self.bound is None else self.bound
+        values = list(bound.values()) if isinstance(bound, Mapping) else [bound]
+        if not values or not all(0 < v < math.inf for v in [*values, self.most]):
             raise ValueError(f"SecureSum needs finite bound > 0 and most > 0, got {self.bound} and {self.most}")
 
     def bound_of(self, term: str, prior: Any) -> float:
