@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 
 from fedprior import Params, posteriors, tree
+from fedprior.priors.parts import part_etas
 
 if TYPE_CHECKING:
     from cases import Case
@@ -69,7 +70,11 @@ def drawn_gates(case: Case, rng: torch.Generator) -> posteriors.Gated:
 
 
 def gains(case: Case, rng: torch.Generator) -> posteriors.Gains:
-    return posteriors.Gains(normal(rng, case.params), gates(case, rng))
+    return of_what_is_left(case.eta(), rng)
+
+
+def of_what_is_left(eta: Any, rng: torch.Generator) -> posteriors.Gains:
+    return posteriors.Gains(normal(rng, eta.mean), uniform(rng, eta.gain, 0.1, 0.9))
 
 
 def tilted(case: Case, rng: torch.Generator) -> posteriors.Tilted:
@@ -109,7 +114,7 @@ def mixed(case: Case, rng: torch.Generator) -> posteriors.Mixed:
 
 def mixed_gains(case: Case, rng: torch.Generator) -> posteriors.Mixed:
     """Two components, of which the client has a part in each."""
-    parts = tuple(gains(case, rng) for _ in range(2))
+    parts = tuple(of_what_is_left(part, rng) for part in part_etas(case.eta()))
     return posteriors.Mixed(parts, {"pi": torch.randn(2, generator=rng, dtype=torch.float64).softmax(0)})
 
 

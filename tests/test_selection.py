@@ -17,8 +17,9 @@ from fedprior.selection import Live
 from test_slim import MODELS, setting
 
 
-def names(model: torch.nn.Module) -> list[str]:
-    return [name for name, _ in model.named_parameters()]
+def shapes(model: torch.nn.Module) -> dict[str, torch.Size]:
+    """Of what counts."""
+    return {name: p.shape for name, p in model.named_parameters()}
 
 
 def gains(groups, seed: int = 0) -> dict[str, torch.Tensor]:
@@ -29,7 +30,7 @@ def gains(groups, seed: int = 0) -> dict[str, torch.Tensor]:
 @pytest.mark.parametrize("name", MODELS)
 def test_live_counts_what_a_mask_leaves(name: str) -> None:
     model, _, cut, params = setting(name)
-    counted = {k: params[k] for k in names(model)}
+    counted = {k: params[k] for k in shapes(model)}
     gate = cut.all_units({g: torch.ones(len(k), dtype=torch.float64) for g, k in cut.kept.items()})
 
     def left(z) -> int:
@@ -54,21 +55,20 @@ def test_live_counts_what_a_mask_leaves(name: str) -> None:
 def test_closing_units_keeps_the_count_right(name: str) -> None:
     model, _, cut, params = setting(name)
     gate = {g.name: torch.ones(g.units, dtype=torch.float64) for g in cut.groups}
-    live = Live(cut.groups, gate, {k: params[k].shape for k in names(model)})
+    live = Live(cut.groups, gate, shapes(model))
     for group in cut.groups:
         live.close(group.name, group.units - 1)
         gate[group.name][-1] = 0
-        counted = {k: params[k] for k in names(model)}
+        counted = {k: params[k] for k in shapes(model)}
         assert live.total() == count_alive(structure.alive(cut.groups, gate, params), counted)
 
 
 def chosen(name: str, fraction: float, seed: int = 0):
     model, _, cut, params = setting(name)
     ones = {g.name: torch.ones(g.units, dtype=torch.float64) for g in cut.groups}
-    counted = names(model)
-    allowed = fraction * sum(params[k].numel() for k in counted)
-    keep, price = selection.select(cut.groups, ones, gains(cut.groups, seed), params, allowed, counted)
-    live = Live(cut.groups, keep, {k: params[k].shape for k in counted})
+    allowed = fraction * sum(params[k].numel() for k in shapes(model))
+    keep, price = selection.select(cut.groups, ones, gains(cut.groups, seed), shapes(model), allowed)
+    live = Live(cut.groups, keep, shapes(model))
     return cut.groups, keep, price, live, allowed
 
 
@@ -92,8 +92,8 @@ def test_a_smaller_allowance_keeps_some_of_what_a_larger_one_keeps(name: str) ->
 def test_the_least_is_what_selecting_and_narrowing_end_at(name: str) -> None:
     """Of all models with one unit a group the smallest; it is reached, and nothing is below it."""
     model, _, cut, params = setting(name)
-    counted = {k: params[k] for k in names(model)}
-    least = selection.least(cut.groups, params, list(counted))
+    counted = {k: params[k] for k in shapes(model)}
+    least = selection.least(cut.groups, shapes(model))
     assert chosen(name, 0.0)[3].total() == least
     keep = selection.narrow(cut.groups, params, 0, list(counted))
     assert count_alive(structure.alive(cut.groups, keep, params), counted) == least
@@ -106,12 +106,12 @@ def test_the_least_is_what_selecting_and_narrowing_end_at(name: str) -> None:
 def test_units_of_one_size_are_chosen_as_by_trying_all_choices(spare: int) -> None:
     """One hidden layer: every unit costs the same, the greedy choice is the optimum, and no room is wasted."""
     model = fp.models.mlp(4, (7,), 3).double()
-    groups, params = structure.groups(model, torch.zeros(1, 4).double()), Objective(model).params()
+    groups = structure.groups(model, torch.zeros(1, 4).double())
     worth = gains(groups)
     ones = {groups[0].name: torch.ones(7, dtype=torch.float64)}
     each = 4 + 1 + 3
     for count in range(1, 8):
-        keep, price = selection.select(groups, ones, worth, params, 3 + each * count + spare, names(model))
+        keep, price = selection.select(groups, ones, worth, shapes(model), 3 + each * count + spare)
         gain = worth[groups[0].name]
         best = max(itertools.combinations(range(7), count), key=lambda units: sum(float(gain[u]) for u in units))
         assert keep[groups[0].name].nonzero().flatten().tolist() == list(best)
@@ -134,7 +134,7 @@ def test_closed_units_stay_closed() -> None:
     model, _, cut, params = setting("lenet")
     gate = cut.all_units({g: torch.ones(len(k), dtype=torch.float64) for g, k in cut.kept.items()})
     everything = sum(v.numel() for v in params.values())
-    keep, price = selection.select(cut.groups, gate, gains(cut.groups), params, everything, names(model))
+    keep, price = selection.select(cut.groups, gate, gains(cut.groups), shapes(model), everything)
     assert price == 0 and all(torch.equal(keep[g], gate[g]) for g in gate)
 
 
@@ -143,7 +143,7 @@ def test_a_narrow_start_takes_the_smallest_units_of_the_largest_layer(fraction: 
     model = fp.models.mlp(6, (20, 5), 3).double()
     groups, params = structure.groups(model, torch.zeros(1, 6).double()), Objective(model).params()
     total = sum(v.numel() for v in params.values())
-    keep = selection.narrow(groups, params, fraction * total, names(model))
+    keep = selection.narrow(groups, params, fraction * total, shapes(model))
     live = Live(groups, keep, {k: v.shape for k, v in params.items()})
     open_units = [int(z.sum()) for z in keep.values()]
     assert live.total() <= fraction * total or open_units == [1, 1]
@@ -161,7 +161,7 @@ def test_the_largest_layer_is_not_the_one_with_the_most_units() -> None:
     """6 units of 20 + 1 entries own more than 12 of 6 + 1."""
     model = fp.models.mlp(20, (6, 12), 3).double()
     groups, params = structure.groups(model, torch.zeros(1, 20).double()), Objective(model).params()
-    keep = selection.narrow(groups, params, sum(v.numel() for v in params.values()) - 1, names(model))
+    keep = selection.narrow(groups, params, sum(v.numel() for v in params.values()) - 1, shapes(model))
     assert [int(keep[g.name].sum()) for g in sorted(groups, key=lambda g: g.name)] == [5, 12]
 
 
@@ -191,6 +191,6 @@ def test_costly_activations_go_first() -> None:
     made = {g: a / sum(float(v.sum()) for v in made.values()) for g, a in made.items()}
     allowed = sum(v.numel() for v in params.values()) - 10
     for costs, loser in ((None, "4"), (made, "0")):
-        by_gain, _ = selection.select(groups, ones, ones, params, allowed, names(net), costs)
-        for keep in (by_gain, selection.narrow(groups, params, allowed, names(net), costs)):
+        by_gain, _ = selection.select(groups, ones, ones, shapes(net), allowed, costs)
+        for keep in (by_gain, selection.narrow(groups, params, allowed, shapes(net), costs)):
             assert [g for g, z in keep.items() if not z.all()] == [loser]

@@ -16,7 +16,6 @@ from fedprior import Client, Examples, Stats, inference, priors, structure, tree
 from fedprior.inference.gains import _look
 from fedprior.objective import Objective
 from fedprior.rng import generator
-from fedprior.slim import Cut
 from test_slim import MODELS, setting
 
 
@@ -98,7 +97,7 @@ def test_a_batch_counts_with_its_examples(batch_size: int | None) -> None:
 
 @pytest.mark.parametrize("precision", [0.0, 30.0])
 def test_training_is_sgd_on_what_is_left(precision: float) -> None:
-    """The weights are those of the E-step of FedAvg, or FedProx, on the slim model; removed units stay at zero."""
+    """The weights are those of the E-step of FedAvg, or FedProx, on the slim model, and there are no others."""
     client = image_clients(1, 24)[0]
     model = fp.models.lenet((4, 5), 6, 4, 16)
     prior = shared(start=0.5, precision=precision).bind(model, client.train.x)
@@ -110,13 +109,11 @@ def test_training_is_sgd_on_what_is_left(precision: float) -> None:
     small = objective.cut(cut)
     gaussian = priors.Gaussian(precision)
     plain, _ = inference.Point(0.1, 2, 8).e_step(
-        small, gaussian, gaussian.init(cut.gather(eta.mean)), client, None, generator(0, "e")
+        small, gaussian, gaussian.init(eta.mean), client, None, generator(0, "e")
     )
-    assert close(cut.gather(q.phi), plain.phi, 0.0 if precision == 0 else 1e-6)
-    on = structure.alive(prior.groups, eta.keep, eta.mean)
-    assert equal(structure.apply(on, q.phi), q.phi)
+    assert equal(eta.mean, cut.gather(objective.params())) and close(q.phi, plain.phi, 0.0 if precision == 0 else 1e-6)
     for g, z in eta.keep.items():
-        assert not q.gain[g][z == 0].any() and q.gain[g].any() and (q.gain[g] >= 0).all()
+        assert len(q.gain[g]) == z.sum() and q.gain[g].any() and (q.gain[g] >= 0).all()
 
 
 def test_the_e_step_needs_a_prior_with_gates_and_the_prior_gains() -> None:
@@ -132,8 +129,8 @@ PRIOR: priors.SharedGates = FIELDS["prior"]
 
 
 def step(prior: priors.SharedGates, eta, gain, clients: float = 1.0):
-    """A round in which the clients send back the weights that they got."""
-    total = Stats({"phi": eta.mean, "gain": gain}).weighted(clients)
+    """A round in which the clients send back the weights that they got; `gain` is of all units."""
+    total = Stats({"phi": eta.mean, "gain": prior.cut(eta).units(gain)}).weighted(clients)
     return prior.project(prior.m_step(eta, total), eta)
 
 
@@ -143,7 +140,7 @@ def ramp(seed: int = 0) -> dict[str, torch.Tensor]:
 
 
 def left(prior: priors.SharedGates, eta) -> int:
-    return tree.size(Cut.of(prior.groups, eta.keep).gather(eta.mean))
+    return tree.size(eta.mean)
 
 
 @pytest.mark.parametrize("hold", [0, 2])
@@ -209,8 +206,9 @@ def test_gains_are_remembered() -> None:
     one = step(PRIOR, eta, first, clients=3.0)
     two = step(PRIOR, one, second, clients=5.0)
     for g, z in two.keep.items():
-        expected = (0.25 * (0.75 * first[g] * one.keep[g]) + 0.75 * second[g]) * z
-        assert torch.allclose(two.gain[g], expected)
+        expected = 0.25 * (0.75 * first[g]) + 0.75 * second[g]
+        assert torch.allclose(two.gain[g], expected[z > 0])
+    assert not all(z.all() for z in two.keep.values())
 
 
 def test_units_are_chosen_by_what_is_remembered() -> None:
@@ -231,19 +229,27 @@ def test_a_removed_unit_stays_removed_whatever_clients_send() -> None:
     eta = PRIOR.init(normal(generator(0, "eta"), FIELDS["params"]))
     for _ in range(4):
         eta = step(PRIOR, eta, ramp())
-    loud = {g: torch.where(z > 0, 1e-3, 1e9) for g, z in eta.keep.items()}
-    wild = {k: torch.ones_like(v) for k, v in eta.mean.items()}
+    loud, wild = tree.map(lambda g: torch.full_like(g, 1e9), eta.gain), tree.map(torch.ones_like, eta.mean)
     moved = PRIOR.m_step(eta, Stats({"phi": wild, "gain": loud}))
     after = PRIOR.project(moved._replace(keep=tree.map(torch.ones_like, eta.keep)), eta)
-    assert all(bool((after.keep[g] <= eta.keep[g]).all()) for g in eta.keep)
-    on = structure.alive(PRIOR.groups, eta.keep, eta.mean)
-    assert equal(structure.apply(on, after.mean), after.mean)
+    assert equal(after.keep, eta.keep) and not all(z.all() for z in eta.keep.values()) and equal(after.mean, wild)
+    on = structure.alive(PRIOR.groups, eta.keep, FIELDS["params"])
+    assert equal(structure.apply(on, PRIOR.point(after)), PRIOR.point(after))
 
 
 def test_without_evidence_nothing_is_removed() -> None:
     eta = PRIOR.init(FIELDS["params"])
     nothing = tree.map(torch.zeros_like, eta.keep)
     assert equal(step(PRIOR, eta, nothing).keep, eta.keep)
+
+
+def test_units_without_any_gain_go_first_and_for_nothing() -> None:
+    """A price of zero moves nothing but the gates: the last price stays."""
+    eta = PRIOR.init(FIELDS["params"])._replace(price={"lambda_0": torch.tensor(7.0, dtype=torch.float64)})
+    group = PRIOR.groups[-1].name
+    gain = ramp() | {group: torch.zeros(PRIOR.groups[-1].units, dtype=torch.float64)}
+    after = step(replace(PRIOR, density=0.9), eta, gain)
+    assert all(z.all() == (g != group) for g, z in after.keep.items()) and float(after.price["lambda_0"]) == 7
 
 
 def test_a_silent_round_goes_on_by_what_is_remembered() -> None:
@@ -254,8 +260,8 @@ def test_a_silent_round_goes_on_by_what_is_remembered() -> None:
     for _ in range(3):
         idle = PRIOR.idle(idle)
     assert float(idle.round["t"]) == 4 and PRIOR.settled(idle) and not PRIOR.settled(eta)
-    assert left(PRIOR, idle) <= 0.3 * tree.size(eta.mean) < left(PRIOR, eta)
-    answered = step(replace(PRIOR, memory=0.0), late, eta.gain)
+    assert left(PRIOR, idle) <= 0.3 * tree.size(FIELDS["params"]) < left(PRIOR, eta)
+    answered = step(replace(PRIOR, memory=0.0), late, PRIOR.cut(eta).all_units(eta.gain))
     assert equal(idle.keep, answered.keep) and equal(idle.mean, answered.mean) and equal(idle.gain, answered.gain)
     assert equal(PRIOR.idle(idle).keep, idle.keep)
 

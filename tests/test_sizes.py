@@ -10,7 +10,7 @@ import pytest
 ROOT = Path(__file__).parent.parent
 PRIOR, INFERENCE, FUNCTION, FILE = 60, 80, 40, 300
 LARGER = {
-    "priors/shared_gates.py": 140,  # a schedule, and gates that only the server decides on
+    "priors/shared_gates.py": 155,  # a schedule, and gates that only the server decides on
     "priors/spike_slab.py": 85,
     "priors/dropout.py": 80,
     "priors/split.py": 90,  # these two compose other priors

@@ -109,7 +109,7 @@ def test_the_model_of_a_slim_module_is_smaller_and_keeps_its_weights(dtype: torc
 def test_scatter_and_gather(name: str) -> None:
     _, _, cut, params = setting(name)
     small = cut.gather(params)
-    back = cut.scatter(small, params)
+    back = cut.scatter(small)
     assert all(torch.equal(cut.gather(back)[k], v) for k, v in small.items())
     gate = cut.all_units({g: torch.ones(len(k), dtype=torch.float64) for g, k in cut.kept.items()})
     masked = structure.apply(structure.alive(cut.groups, gate, params), params)

@@ -131,19 +131,20 @@ def test_a_client_sends_its_own_model_and_the_masks_of_empty_slots() -> None:
 def test_a_component_that_nobody_chose_keeps_its_weights_and_shrinks_on_time() -> None:
     case = priors.SparseMixture(2, priors.SharedGates(0.5, start=1.0, hold=0, steps=1)).bind(MODEL, CLIENTS[0].train.x)
     eta = case.init(Objective(MODEL).params())
-    everybody = tuple(
-        posteriors.Gains(part.mean, tree.map(lambda z: 1 + z.cumsum(0), part.keep)) for part in part_etas(eta)
-    )
-    first = case.stats(posteriors.Mixed(everybody, {"pi": torch.tensor([0.5, 0.5])}))
+
+    def both(eta: Any, pi: list[float]) -> Stats:
+        rising = [tree.map(lambda z: 2 + z.cumsum(0), tree.map(torch.ones_like, p.gain)) for p in part_etas(eta)]
+        parts = tuple(map(posteriors.Gains, (p.mean for p in part_etas(eta)), rising))
+        return case.stats(posteriors.Mixed(parts, {"pi": torch.tensor(pi)}))
+
+    first = both(eta, [0.5, 0.5])
     eta = case.project(case.m_step(eta._replace(part1_round={"t": torch.tensor(-1.0)}), first), eta)
     assert [int(part.keep["1"].sum()) for part in part_etas(eta)][1] == 12
-    alone = case.stats(posteriors.Mixed(everybody, {"pi": torch.tensor([1.0, 0.0])}))
-    new = case.project(case.m_step(eta, alone), eta)
+    new = case.project(case.m_step(eta, both(eta, [1.0, 0.0])), eta)
     before, after = part_etas(eta)[1], part_etas(new)[1]
     assert float(after.round["t"]) == float(before.round["t"]) + 1
     assert int(after.keep["1"].sum()) < 12 and bool((after.keep["1"] <= before.keep["1"]).all())
-    kept = after.mean["1.weight"] != 0
-    assert torch.equal(after.mean["1.weight"][kept], before.mean["1.weight"][kept])
+    assert torch.equal(after.mean["1.weight"], before.mean["1.weight"][after.keep["1"] > 0])
     idle = part_etas(case.idle(eta))
     assert [float(part.round["t"]) for part in idle] == [float(part.round["t"]) + 1 for part in part_etas(eta)]
 
@@ -248,7 +249,7 @@ MISTAKES: dict[str, tuple[Any, str, Callable[[Any], Any], Callable[[], None]]] =
     ),
     "a component nobody chose waits": (
         priors.SharedGates,
-        "idle",
+        "unseen",
         lambda f: lambda s, eta: eta,
         test_a_component_that_nobody_chose_keeps_its_weights_and_shrinks_on_time,
     ),

@@ -5,7 +5,8 @@ Optional methods of a prior, each with the meaning it has when absent:
     bind(model, x) -> prior         look at the model before round one        (the prior itself)
     sample(eta, rng) -> eta_s       what one client receives                  (eta, the same payload for all)
     cut(eta) -> Cut                 the units that are left of the model      (all of them)
-    cuts(eta) -> {prefix: Cut}      those of the terms with a prefix          ({"": cut(eta)})
+    left(eta) -> Params             the parameters that are left              (those of point(eta) that cut(eta) leaves)
+    whole(eta, params) -> Params    those of a client, as of the full model   (params)
     message(eta_s, q) -> Stats      what one client uploads                   (the `uplink` terms of stats(q))
     reference(eta_s, sent) -> Stats what deltas are taken from: see below     (the message of inference.start)
     accept(eta_s, stats) -> Stats   what the server counts of an upload       (all of it)
@@ -16,6 +17,12 @@ Optional methods of a prior, each with the meaning it has when absent:
     recall(kept) -> prior           the prior as that client sees it later    (asked only where there is `kept`)
     predictive(eta, rng) -> Predictive    what the server predicts with       (prior.point(eta))
     log_hyper(eta, before) -> scalar log p(eta), which m_step counts in       (0)
+
+A prior whose eta shrinks with the model has an attribute `index`: the fields of eta, of fixed shapes, that say which
+shapes the others have. They go first in a broadcast, and the prior has two more methods:
+
+    sized(like, index) -> eta       without values, in the shapes that these fields (flat) ask for
+    follow(before, after, state)    the server step's state, after a step in which eta has shrunk
 
 Optional attributes: `exact`, a tuple of eta's fields that take the exact M-step whatever the server step is, before
 `project`: gates, counters and running means, which no optimiser may overshoot. Absent, there are none. `individual`:
@@ -212,7 +219,12 @@ class Algorithm:
         if personal is not None:
             return personal(objective, prior, eta, client, own, rng)
         q, _ = self.inference.e_step(objective, prior, eta, client, own, rng)
-        return Predictive.point(q.mean())
+        return Predictive.point(self.whole(eta, q.mean()))
+
+    def whole(self, eta: Eta, params: Params) -> Params:
+        """A client's parameters as those of the full model."""
+        whole = getattr(self.prior, "whole", None)
+        return whole(eta, params) if whole else params
 
     def message(self, eta: Eta, q: Any) -> Stats:
         """What one client uploads, before its weight."""
@@ -253,12 +265,16 @@ class Algorithm:
         fields = getattr(self.prior, "exact", ())
         whole = {k for k in flat if k.split("/", 1)[0] in fields or k.split("/", 1)[1] in exact}
         flat = {k: target[k] if k in whole else v for k, v in flat.items()}
-        return self._project(tree.unflatten(eta, flat), eta), state
+        return self._followed(eta, self._project(tree.unflatten(eta, flat), eta), state)
 
-    def idle(self, eta: Eta) -> Eta:
-        """What a round from which nothing arrived leaves of eta."""
+    def idle(self, eta: Eta, state: Params) -> tuple[Eta, Params]:
+        """What a round from which nothing arrived leaves of eta and of the server step's state."""
         idle = getattr(self.prior, "idle", None)
-        return idle(eta) if idle else eta
+        return self._followed(eta, idle(eta) if idle else eta, state)
+
+    def _followed(self, before: Eta, after: Eta, state: Params) -> tuple[Eta, Params]:
+        follow = getattr(self.prior, "follow", None)
+        return after, follow(before, after, state) if follow else state
 
     def _project(self, eta: Eta, before: Eta) -> Eta:
         project = getattr(self.prior, "project", None)
@@ -269,8 +285,8 @@ class Algorithm:
         cut = getattr(self.prior, "cut", None)
         if cut is None:
             return objective, self.prior.point(eta)
-        left = cut(eta)
-        return objective.cut(left), left.gather(self.prior.point(eta))
+        units, left = cut(eta), getattr(self.prior, "left", None)
+        return objective.cut(units), left(eta) if left else units.gather(self.prior.point(eta))
 
     def predictive(self, eta: Eta, objective: Objective, rng: torch.Generator) -> tuple[Objective, Predictive]:
         """What the server predicts with: `deploy`'s model, unless the prior has a predictive of its own."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
-from fedprior import checkpoint, tree
+from fedprior import checkpoint, tree, wire
 from fedprior import config as configs
 from fedprior.codecs import schema_of
 from fedprior.compare import TOML, build, holds_run, planned
@@ -38,7 +38,7 @@ def load(folder: Path) -> tuple[Result, Config]:
     objective = Objective(experiment.model, experiment.loss)
     algorithm = planned(experiment, objective)
     like, _ = algorithm.start(objective.params())
-    if dict(schema_of(tree.flatten(like))) != dict(schema_of(saved.eta)):
+    if dict(schema_of(tree.flatten(wire.sized(algorithm, like, saved.eta)))) != dict(schema_of(saved.eta)):
         raise ValueError(f"the checkpoint in {folder} is not of the model and algorithm in its {TOML}")
     inputs = some_inputs(experiment.clients, experiment.test)
     store = DiskStore(folder / STATES)

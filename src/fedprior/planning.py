@@ -66,7 +66,7 @@ def plan(algorithm: Algorithm, params: Params, rounds: int, cohort: int) -> Algo
     if hasattr(prior, "scheduled") and prior.density is None:
         return _affordable(algorithm, params, rounds, cohort)
     if hasattr(prior, "scheduled"):
-        _check_density(prior, params)
+        _check_density(prior)
     planned = replace(algorithm, prior=prior.scheduled(rounds)) if hasattr(prior, "scheduled") else algorithm
     if planned.budget is not None:
         eta = planned.sample(planned.start(params)[0], generator(0, "plan"))
@@ -104,7 +104,7 @@ def _affordable(algorithm: Algorithm, params: Params, rounds: int, cohort: int) 
         if best is not None and cast(Any, best.prior).density >= _ENOUGH:
             return best
     if best is None:
-        least = _spend(_with(tried, _least(algorithm.prior, params), rounds), params, rounds, cohort) / _SHARE
+        least = _spend(_with(tried, _least(algorithm.prior), rounds), params, rounds, cohort) / _SHARE
         what = f"{rounds} rounds of {cohort} clients"
         raise ValueError(_too_small(algorithm, what, "the smallest model needs", least))
     return best
@@ -128,7 +128,7 @@ def _largest(algorithm: Algorithm, params: Params, rounds: int, cohort: int) -> 
     def fits(density: float) -> bool:
         return _spend(_with(algorithm, density, rounds), params, rounds, cohort) <= allowed
 
-    low, high = _least(algorithm.prior, params), cast(Any, algorithm.prior).start or 1.0
+    low, high = _least(algorithm.prior), cast(Any, algorithm.prior).start or 1.0
     if not fits(low):
         return None
     if fits(high):
@@ -139,14 +139,13 @@ def _largest(algorithm: Algorithm, params: Params, rounds: int, cohort: int) -> 
     return _with(algorithm, low, rounds)
 
 
-def _least(prior: Any, params: Params) -> float:
+def _least(prior: Any) -> float:
     """The smallest density there is."""
-    total = sum(params[name].numel() for name in prior.counted)
-    return selection.least(prior.groups, params, prior.counted) / total
+    return selection.least(prior.groups, prior.counted) / sum(map(math.prod, prior.counted.values()))
 
 
-def _check_density(prior: Any, params: Params) -> None:
-    least = _least(prior, params)
+def _check_density(prior: Any) -> None:
+    least = _least(prior)
     if prior.density < least:
         raise ValueError(
             f"density={prior.density:g} cannot be reached: one unit of each group and all layers without units hold "

@@ -68,8 +68,7 @@ class RoundWork:
     Attributes:
         like: the server's eta.
         down: the payload that every client of the cohort receives; empty if the prior draws an eta for each.
-        down_schema: what eta's message looks like.
-        up_schema: what a client's message must look like.
+        up_schema: what a client's message looks like in round one, and in all rounds unless eta shrinks.
         rounds, cohort: of the whole run, from which a node of a federation makes the same plan (planning.py).
         layer: between uploads and sum (layer.py); None for most algorithms.
         records: filled by `receive`, one a client.
@@ -84,7 +83,6 @@ class RoundWork:
     number: int
     like: Eta
     down: bytes
-    down_schema: Schema
     up_schema: Schema
     device: str = "cpu"
     rounds: int = 1
@@ -98,7 +96,7 @@ class RoundWork:
             return self
         clients = [self.population[i] for i in indices] if self.algorithm.secure else []
         stages = {c.index: self.availability.stage(self.seed, self.number, c.index, self._status(c)) for c in clients}
-        setting = Setting(self.algorithm, self.up_schema, self.cohort, self.seed)
+        setting = Setting(self.algorithm, self.schema, self.cohort, self.seed)
         return replace(self, layer=setting.layer(self.number, self.common, server, stages))
 
     def _status(self, client: Client) -> Status:
@@ -136,10 +134,14 @@ class RoundWork:
         """eta as all clients see it: decoded, once per process."""
         return self._received(self.down)
 
+    @cached_property
+    def schema(self) -> Schema:
+        """What a client's message must look like."""
+        shrinks = getattr(self.algorithm.prior, "index", ())
+        return wire.message_schema(self.algorithm, self.common) if shrinks else self.up_schema
+
     def _received(self, payload: bytes) -> Eta:
-        codec = self.algorithm.downlink or self.algorithm.codec
-        message, _ = codec.decode(payload, self.down_schema)
-        return tree.unflatten(self.like, {k: v.to(self.device) for k, v in message.items()})
+        return wire.decode_eta(self.algorithm, self.like, payload, self.device)
 
     def _eta(self, payload: bytes) -> Eta:
         return self.common if payload is self.down else self._received(payload)
@@ -171,7 +173,7 @@ class RoundWork:
         started = time.perf_counter()
         q, own, kept = algorithm.e_step(self.objective, eta, on_device, own, kept, rng)
         seconds = time.perf_counter() - started
-        stats, weight = wire.ordered(algorithm.message(eta, q), self.up_schema), algorithm.weight(len(client.train))
+        stats, weight = wire.ordered(algorithm.message(eta, q), self.schema), algorithm.weight(len(client.train))
         if self.layer is not None and self.layer.seals:
             payload, residual = self.layer.seal(eta, stats, weight, client.index), {}
         else:
@@ -201,7 +203,7 @@ class RoundWork:
             return self.layer.open(upload.payload)
         asked = self.algorithm.delta or self.layer is not None
         eta = self._eta(self.downlink(upload.index)) if asked else None  # nothing else asks for it
-        stats = wire.decode(self.algorithm, eta, upload.payload, self.up_schema, self.device)
+        stats = wire.decode(self.algorithm, eta, upload.payload, self.schema, self.device)
         expected = self.algorithm.weight(upload.examples)
         if stats.clients != expected:
             raise PayloadError(f"count of clients is {stats.clients}, and this client stands for {expected}")

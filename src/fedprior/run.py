@@ -13,7 +13,6 @@ from torch import nn
 
 from fedprior import checkpoint, checks, layer, planning, tree, wire
 from fedprior.algorithm import Algorithm
-from fedprior.codecs import schema_of
 from fedprior.cohort import Availability, sample
 from fedprior.core import Client, Engine, Eta, Examples, Params, Population, Schema
 from fedprior.engines import TorchRun, named, usual
@@ -237,7 +236,6 @@ class _Loop:
             number=number,
             like=state.eta,
             down=down,
-            down_schema=schema_of(tree.flatten(state.eta)),
             up_schema=self.up_schema,
             device=self.device,
             rounds=self.rounds,
@@ -263,10 +261,10 @@ class _Loop:
     def _m_step(self, state: _State, done: Finished) -> tuple[Eta, Params, str]:
         """The new eta and server state; the old weights and state, and why, if there is nothing to go by."""
         if done.total is None:
-            return self.algorithm.idle(state.eta), state.server, done.why
+            return *self.algorithm.idle(state.eta, state.server), done.why
         eta, server = self.algorithm.m_step(state.eta, done.total, state.server, self.objective.buffers)
         if not tree.finite([*tree.flatten(eta).values(), *server.values()]):
-            return self.algorithm.idle(state.eta), state.server, "the M-step of the summed statistics is not finite"
+            return *self.algorithm.idle(state.eta, state.server), "the M-step of the summed statistics is not finite"
         return eta, server, ""
 
 

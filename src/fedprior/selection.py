@@ -129,26 +129,24 @@ def select(
     groups: Sequence[Group],
     keep: Params,
     gain: Params,
-    params: Params,
+    shapes: Mapping[str, Sequence[int]],
     allowed: float,
-    counted: Collection[str],
     made: Params | None = None,
 ) -> tuple[Params, float]:
-    """Close units of `keep` until at most `allowed` of the `counted` parameters are left.
+    """Close units of `keep` until at most `allowed` entries are left.
 
     Args:
         groups: the model's units.
         keep: group -> (units,); 0 for units that are closed and stay so.
         gain: group -> (units,) what keeping each unit is worth; any unit of measure.
-        params: for shapes only.
-        allowed: number of entries.
-        counted: names of the parameters that count (buffers, say, do not).
+        shapes: parameter -> shape, of those that count (buffers, say, do not).
+        allowed: number of their entries.
         made: c a_g / sum_h a_h of every unit, group -> (units,); None for 0.
 
     Returns:
         The new `keep`, ones and zeros, and the price: gain per cost of the last unit closed, 0 if there was none.
     """
-    live = Live(groups, keep, {name: params[name].shape for name in counted}, made)
+    live = Live(groups, keep, shapes, made)
     worth = {g: v.double().cpu().numpy() for g, v in gain.items()}
     price = 0.0
     while live.total() > allowed:
@@ -170,10 +168,9 @@ def _cheapest(live: Live, worth: np.ndarray, group: str) -> tuple[float, str, in
     return float(ratio[unit]), group, unit
 
 
-def least(groups: Sequence[Group], params: Params, counted: Collection[str]) -> int:
-    """How many counted entries are left when each group has one unit, that with the fewest: none has less."""
-    one = {g.name: next(iter(params.values())).new_ones(g.units) for g in groups}
-    shapes = {name: params[name].shape for name in counted}
+def least(groups: Sequence[Group], shapes: Mapping[str, Sequence[int]]) -> int:
+    """How many entries are left when each group has one unit, that with the fewest: none has less."""
+    one = {g.name: torch.ones(g.units) for g in groups}
     whole = Live(groups, one, shapes)
     for group, keep in one.items():
         smallest = int(whole.costs(group).argmin())

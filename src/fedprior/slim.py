@@ -9,7 +9,7 @@ A unit is removed when its gate is 0 (structure.py).
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -59,6 +59,11 @@ class Cut:
                 left[m.name, m.dim] = m.along(on) & left.get((m.name, m.dim), torch.tensor(True))
         return {key: on.nonzero().flatten() for key, on in left.items()}
 
+    @cached_property
+    def _sizes(self) -> dict[tuple[str, int], int]:
+        """(parameter, dimension) -> positions of the full model."""
+        return {(m.name, m.dim): len(m.unit) for group in self.groups for m in group.members}
+
     @property
     def touched(self) -> list[str]:
         """Names of the parameters and buffers that groups hold."""
@@ -89,12 +94,17 @@ class Cut:
                 small[name] = small[name].index_select(dim, index.to(small[name].device))
         return small
 
-    def scatter(self, small: Params, like: Params) -> Params:
-        """The full model's parameters, shaped as `like`; 0 where something was cut out."""
+    def shape(self, name: str, full: Sequence[int]) -> tuple[int, ...]:
+        """What is left of a parameter's shape."""
+        left = {dim: len(index) for (other, dim), index in self._positions.items() if other == name}
+        return tuple(left.get(dim, size) for dim, size in enumerate(full))
+
+    def scatter(self, small: Params) -> Params:
+        """The full model's parameters; 0 where something was cut out."""
         full = dict(small)
         for (name, dim), index in self._positions.items():
             shape = list(full[name].shape)
-            shape[dim] = like[name].shape[dim]
+            shape[dim] = self._sizes[name, dim]
             full[name] = full[name].new_zeros(shape).index_copy(dim, index.to(full[name].device), full[name])
         return full
 

@@ -115,7 +115,7 @@ def _sum(work: RoundWork, stack: Params, weights: Sequence[float]) -> Stats | No
     algorithm, codec = work.algorithm, work.algorithm.codec
     if not (isinstance(codec, Dense) and codec.plain) or algorithm.delta or hasattr(algorithm.prior, "accept"):
         return None
-    if schema_of({k: v[0] for k, v in stack.items()}) != work.up_schema:
+    if schema_of({k: v[0] for k, v in stack.items()}) != work.schema:
         return None
     carried = getattr(torch, codec.value_type)
     by_client = torch.tensor(weights, dtype=carried, device=work.device)

@@ -20,9 +20,10 @@ Seide et al. 2014 (1-bit SGD, Interspeech); Karimireddy et al. 2019, arXiv:1901.
 
 from __future__ import annotations
 
+import struct
 from collections.abc import Collection, Mapping
 from dataclasses import replace
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 
@@ -31,10 +32,54 @@ from fedprior.algorithm import Algorithm
 from fedprior.codecs import Entropy, PayloadError, Sparse, ValueType, schema_of
 from fedprior.core import Eta, Params, Schema, Stats
 
+_LENGTH = struct.Struct("<I")
+
 
 def encode_eta(algorithm: Algorithm, eta: Eta) -> bytes:
-    """The payload of one eta."""
-    return (algorithm.downlink or algorithm.codec).encode(tree.flatten(eta), 0.0)
+    """The payload of one eta; its index (algorithm.py), if there is one, in a frame of its own after its length."""
+    codec, message = algorithm.downlink or algorithm.codec, tree.flatten(eta)
+    index = _index(algorithm, message)
+    rest = codec.encode({k: v for k, v in message.items() if k not in index}, 0.0)
+    first = codec.encode(index, 0.0) if index else b""
+    return _LENGTH.pack(len(first)) + first + rest if index else rest
+
+
+def decode_eta(algorithm: Algorithm, like: Eta, payload: bytes, device: str | torch.device = "cpu") -> Eta:
+    """The eta of a payload; a PayloadError for what is no valid one.
+
+    Args:
+        algorithm: its codec and prior.
+        like: any eta of the same model.
+        payload: what arrived.
+        device: of the tensors.
+    """
+    codec, index = algorithm.downlink or algorithm.codec, _index(algorithm, tree.flatten(like))
+    message: Params = {}
+    if index:
+        if len(payload) < _LENGTH.size:
+            raise PayloadError(f"{len(payload)} bytes, and the length of the index alone has {_LENGTH.size}")
+        end = _LENGTH.size + _LENGTH.unpack_from(payload)[0]
+        message, _ = codec.decode(payload[_LENGTH.size : end], schema_of(index))
+        like, payload = sized(algorithm, like, message), payload[end:]
+    rest = {k: v for k, v in schema_of(tree.flatten(like)).items() if k not in index}
+    message = message | codec.decode(payload, rest)[0]
+    return tree.unflatten(like, {k: v.to(device) for k, v in message.items()})
+
+
+def _index(algorithm: Algorithm, message: Params) -> Params:
+    fields = getattr(algorithm.prior, "index", ())
+    return {k: v for k, v in message.items() if k.split("/", 1)[0] in fields}
+
+
+def sized(algorithm: Algorithm, like: Eta, message: Params) -> Eta:
+    """An eta in the shapes that the index in a flat eta asks for: `like` itself, if shapes stay."""
+    prior, index = cast(Any, algorithm.prior), _index(algorithm, message)
+    return prior.sized(like, index) if index else like
+
+
+def message_schema(algorithm: Algorithm, eta: Eta) -> Schema:
+    """What the message of a client that was sent eta looks like."""
+    return schema_of(flat(algorithm.message(eta, algorithm.inference.start(algorithm.prior, eta))))
 
 
 def encode(

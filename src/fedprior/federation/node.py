@@ -21,9 +21,8 @@ from typing import Any
 from torch import nn
 
 import fedprior
-from fedprior import planning, tree
+from fedprior import planning
 from fedprior.algorithm import Algorithm
-from fedprior.codecs import schema_of
 from fedprior.cohort import Availability
 from fedprior.core import Client, Params, Population
 from fedprior.engines.sequential import torch_threads
@@ -156,7 +155,6 @@ class Node:
                     number=0,
                     like=eta,
                     down=b"",
-                    down_schema=schema_of(tree.flatten(eta)),
                     up_schema=up_schema,
                     device=self.device,
                 ),

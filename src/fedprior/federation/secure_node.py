@@ -125,7 +125,7 @@ class Session:
         privacy = work.algorithm.privacy
         if privacy is not None and privacy.spent(self.number - 1):
             raise SecureError(f"round {self.number} would exceed target_epsilon={privacy.target_epsilon:g}")
-        setting = Setting(work.algorithm, work.up_schema, self.cohort, work.seed)
+        setting = Setting(work.algorithm, work.schema, self.cohort, work.seed)
         made = layout(setting, self.number, work.common, most)
         return Sealed(work.algorithm, work.seed, self.number, most, made, self.cohort, self)
 

@@ -17,15 +17,21 @@ from fedprior.rng import seeded_globals
 from fedprior.slim import Cut
 
 
+def cut_out(objective: Objective, prior: Any, eta: Eta) -> tuple[Cut, Objective]:
+    """The cut of a prior that removes units, and the objective of the slim model."""
+    cut = prior.cut(eta)
+    small = objective.cut(cut)
+    if small is not objective and small.made_by is not None:
+        cut = small.made_by  # an equal one, which remembers what it has worked out
+    return cut, small
+
+
 def what_is_left(objective: Objective, prior: Any, eta: Eta) -> tuple[Cut, Objective, Any, Eta]:
     """The cut of a prior that removes units, and the objective, prior and eta of the slim model.
 
     Such a prior has `cut(eta)` and `groups`, and its eta `mean` and `keep`: values per parameter and per unit.
     """
-    cut = prior.cut(eta)
-    small = objective.cut(cut)
-    if small is not objective and small.made_by is not None:
-        cut = small.made_by  # an equal one, which remembers what it has worked out
+    cut, small = cut_out(objective, prior, eta)
     small_eta = eta._replace(mean=cut.gather(eta.mean), keep=cut.units(eta.keep))
     return cut, small, replace(prior, groups=cut.small_groups), small_eta
 

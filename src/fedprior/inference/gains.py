@@ -8,10 +8,10 @@ r"""Hard EM in the weights, and what each unit is worth: the evidence for its ga
 The second line is l(0) to second order; the third drops l', which is zero where phi is at its optimum, and takes
 Fisher's information for -l'': the variance of a batch's gradient times B_b estimates that of one example's. The
 gradient costs little more, dL/dz_g = sum_{j of g} phi_j dL/dphi_j, and no gate is sampled: no noise.
-Removed units are cut out first (slim.py): the client trains a model of the size of what is left.
+The client trains the slim model (slim.py), of which it was sent the weights, and knows of no other unit.
 
     paper    code      shape
-    gain     q.gain    group -> (units,), nats over the client's data set; 0 for removed units
+    gain     q.gain    group -> (units left,), nats over the client's data set
 
 LeCun, Denker, Solla 1989 (optimal brain damage); Theis et al. 2018, arXiv:1801.05787, section 2 (Fisher pruning).
 """
@@ -25,9 +25,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fedprior import posteriors, structure
+from fedprior import posteriors, structure, tree
 from fedprior.core import Client, Eta, Params
-from fedprior.inference.ascent import Descent, Epochs, ascend, batch_sizes, detached, leaves, recorded, what_is_left
+from fedprior.inference.ascent import Descent, Epochs, ascend, batch_sizes, cut_out, detached, leaves, recorded
 from fedprior.objective import Objective
 from fedprior.structure import Group
 
@@ -43,22 +43,28 @@ class Gains(Epochs):
                 f"inference.Gains needs a prior with gates that clients share, and {type(prior).__name__} has none. "
                 "Use the prior SharedGates(density=...), or inference.Point(lr=...)."
             )
-        return posteriors.Gains(eta.mean, {g: torch.zeros_like(z) for g, z in eta.keep.items()})
+        return posteriors.Gains(eta.mean, tree.map(torch.zeros_like, eta.gain))
 
     def e_step(
         self, objective: Objective, prior: Any, eta: Eta, client: Client, state: Params | None, rng: torch.Generator
     ) -> tuple[Any, Params | None]:
         """A few epochs on what is left of the model; no personal state."""
-        cut, small, small_prior, small_eta = what_is_left(objective, prior, eta)
-        q = self._train(small, small_prior, small_eta, client, rng)
-        return posteriors.Gains(cut.scatter(q.phi, eta.mean), cut.all_units(q.gain)), state
+        cut, small = cut_out(objective, prior, eta)
+        return self._train(small, prior, cut.small_groups, eta, client, rng), state
 
     def _train(
-        self, objective: Objective, prior: Any, eta: Eta, client: Client, rng: torch.Generator
+        self,
+        objective: Objective,
+        prior: Any,
+        groups: tuple[Group, ...],
+        eta: Eta,
+        client: Client,
+        rng: torch.Generator,
     ) -> posteriors.Gains:
+        """The same, of the slim model and its groups."""
         phi, trained = leaves(objective, eta.mean)
         examples = len(client.train)
-        nothing = {g: torch.zeros_like(z) for g, z in eta.keep.items()}
+        nothing = tree.map(torch.zeros_like, eta.gain)
         slopes: list[tuple[Tensor, ...]] = []
 
         def prior_term() -> Tensor:
@@ -74,7 +80,7 @@ class Gains(Epochs):
         smallest, optimizers = objective.smallest_batch, [Descent(trained, self.lr)]
         how: dict[str, Any] = {"smallest": smallest}
         if not prior.settled(eta):
-            look = _look(objective, prior.groups, phi)
+            look = _look(objective, groups, phi)
             how["before_step"] = lambda: slopes.append(look())
         if not pulls and objective.recordable:
             how["differentiate"] = recorded(objective, phi, trained)
@@ -83,7 +89,7 @@ class Gains(Epochs):
         if not slopes:
             return posteriors.Gains(detached(phi), nothing)
         sizes = self.epochs * batch_sizes(examples, self.batch_size, smallest)
-        return posteriors.Gains(detached(phi), _gains(prior.groups, slopes, sizes, examples))
+        return posteriors.Gains(detached(phi), _gains(groups, slopes, sizes, examples))
 
 
 def _look(objective: Objective, groups: tuple[Group, ...], phi: Params) -> Callable[[], tuple[Tensor, ...]]:

@@ -68,7 +68,7 @@ class Gated(Epochs):
             return cut.units(tree.map(lambda k: uniform(k, rng), eta.keep))
 
         q = self._train(small, small_prior, small_eta, client, rng, noise)
-        phi = cut.scatter(q.phi, eta.mean)
+        phi = cut.scatter(q.phi)
         return posteriors.Gated(phi, cut.all_units(q.keep), cut.all_units(q.gate)), state
 
     def _train(

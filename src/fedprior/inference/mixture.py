@@ -75,7 +75,9 @@ class Mixture:
         q = self._adapted(objective, prior, eta, client, self._responsibilities(scores, pi), rng)
         weights = q.pi["pi"].tolist()
         own = [k for k, weight in enumerate(weights) if weight > 0]
-        return posteriors.Predictive(tuple(weights[k] for k in own), tuple(q.parts[k].mean() for k in own))
+        etas, whole = part_etas(eta), getattr(prior.prior, "whole", lambda part, phi: phi)
+        models = tuple(whole(etas[k], q.parts[k].mean()) for k in own)
+        return posteriors.Predictive(tuple(weights[k] for k in own), models)
 
     def _adapted(
         self, objective: Objective, prior: Any, eta: Eta, client: Client, r: Tensor, rng: torch.Generator

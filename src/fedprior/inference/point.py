@@ -57,7 +57,7 @@ class Point(Epochs):
             return posteriors.Point(self.train(objective, prior, eta, client, rng)), state
         cut, small, small_prior, small_eta = what_is_left(objective, prior, eta)
         phi = self.train(small, small_prior, small_eta, client, rng)
-        return posteriors.Point(cut.scatter(phi, eta.mean)), state
+        return posteriors.Point(cut.scatter(phi)), state
 
     def why_not_stacked(self, objective: Objective, prior: Prior, x: Tensor, y: Tensor) -> str:
         """Why `e_steps` cannot be called for such examples; empty if it can (stacked.py)."""

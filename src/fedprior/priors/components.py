@@ -55,6 +55,11 @@ class Wire:
         """The components'."""
         return self._of_all("precise_eta")
 
+    @property
+    def index(self) -> tuple[str, ...]:
+        """The components'."""
+        return self._of_all("index")
+
     def _of_all(self, attribute: str) -> tuple[str, ...]:
         return names_of_parts([getattr(self.prior, attribute, ())] * self.components)
 

@@ -91,8 +91,8 @@ class Mixture(components.Wire):
 
     def m_step(self, eta: Eta, t: Stats) -> Eta:
         """Components by responsibility, and shares."""
-        idle, parts = getattr(self.prior, "idle", lambda part: part), components.each(eta, t)
-        etas = [self.prior.m_step(e, own) if components.seen(own.clients, t) else idle(e) for e, own in parts]
+        unseen, parts = getattr(self.prior, "unseen", lambda part: part), components.each(eta, t)
+        etas = [self.prior.m_step(e, own) if components.seen(own.clients, t) else unseen(e) for e, own in parts]
         return join_etas(etas, share=components.share_m_step(t["pi"]["pi"], t.clients))
 
     def points(self, eta: Eta) -> list[Params]:

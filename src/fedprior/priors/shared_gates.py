@@ -16,8 +16,11 @@ with lambda_0 the dual variable of  live(z) <= allowed_t: the price at which wha
 
 A round from which nothing arrived counts in t as well: z is then chosen by the evidence that there is (`idle`).
 
+What is removed is gone from eta as well: all of it but z has the shapes of the slim model (slim.py), and z, the
+`index`, says which. So has what travels in both directions, and the server step's state (`follow`).
+
     paper      code        shape                             paper      code          shape
-    w          eta.mean    as the parameters                 e          eta.gain      group -> (units,), nats
+    w          eta.mean    as the slim model's parameters    e          eta.gain      group -> (units left,), nats
     z          eta.keep    group -> (units,), 0 or 1         lambda_0   eta.price     {"lambda_0": scalar}, nats
 
 Louizos et al. 2021, arXiv:2111.10192, section 4 (the prior); Cappé, Moulines 2009, arXiv:0712.4273 (the running mean);
@@ -26,6 +29,8 @@ Gallego-Posada et al. 2022, arXiv:2208.04425 (a constraint instead of a penalty)
 
 from __future__ import annotations
 
+import math
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 from typing import Any, NamedTuple
@@ -33,7 +38,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from fedprior import posteriors, selection, structure, tree
+from fedprior import posteriors, selection, shrinking, structure, tree
 from fedprior.codecs import PayloadError
 from fedprior.core import Params, Stats
 from fedprior.priors.gaussian import Gaussian
@@ -58,7 +63,7 @@ class SharedGates:
             the faster the model that is left; 0 looks at bytes alone.
         hold: for how many rounds the model stays as at the start; None for 0.45 of the run.
         groups: the model's units; empty until `bind` finds them.
-        counted: names of the model's parameters, which density counts; empty until `bind`.
+        counted: parameter -> shape, of the model's parameters, which density counts; empty until `bind`.
         made: group -> (units,) what each unit's activations cost; None until `bind`.
     """
 
@@ -70,14 +75,15 @@ class SharedGates:
     activations: float = 0.1
     hold: int | None = None
     groups: tuple[Group, ...] = field(default=(), repr=False)
-    counted: tuple[str, ...] = field(default=(), repr=False)
+    counted: Mapping[str, tuple[int, ...]] = field(default_factory=dict, compare=False, repr=False)
     made: Params | None = field(default=None, compare=False, repr=False)
+    index = ("keep",)
     uplink = ("phi", "gain")
     exact = ("keep", "gain", "price", "round")
     bounds = MappingProxyType({"gain": 1e4})  # nats
 
     class Eta(NamedTuple):
-        """Shared weights (0 where removed), gates, running gains, the price, and the rounds that are over."""
+        """Weights that are left, gates, running gains, the price, and the rounds that are over."""
 
         mean: Params
         keep: Params
@@ -116,7 +122,7 @@ class SharedGates:
         """The same prior with the groups of a model."""
         if self.groups:
             return self
-        counted = tuple(name for name, _ in model.named_parameters())
+        counted = {name: tuple(p.shape) for name, p in model.named_parameters()}
         groups = structure.groups(model, x)
         made = selection.activations(groups, model, x)
         share = self.activations / sum(float(a.sum()) for a in made.values())
@@ -125,22 +131,21 @@ class SharedGates:
 
     def init(self, params: Params) -> Eta:
         """The narrow start."""
-        eta = self.supposed(params, self._schedule[1] * self._total(params))
+        eta = self.supposed(params, self._schedule[1] * self._total)
         return eta._replace(gain=tree.map(torch.zeros_like, eta.gain))
 
     def supposed(self, params: Params, left: float) -> Eta:
         """An eta of at most `left` parameters whose gains are made up: as long on the wire as a real one."""
         keep = selection.narrow(self.groups, params, left, self.counted, self.made)
-        gain = tree.map(torch.mul, structure.sums(self.groups, tree.map(torch.square, params)), keep)
+        cut = Cut.of(self.groups, keep)
+        mean = cut.gather(params)
+        gain = structure.sums(cut.small_groups, tree.map(torch.square, mean))
         zero = next(iter(params.values())).new_zeros(())
-        return self.Eta(self._left(keep, params), keep, gain, {"lambda_0": zero}, {"t": zero.clone()})
+        return self.Eta(mean, keep, gain, {"lambda_0": zero}, {"t": zero.clone()})
 
-    def _total(self, params: Params) -> int:
-        return sum(params[name].numel() for name in self.counted)
-
-    def _left(self, keep: Params, params: Params) -> Params:
-        """The weights without those of removed units."""
-        return structure.apply(structure.alive(self.groups, keep, params), params)
+    @property
+    def _total(self) -> int:
+        return sum(map(math.prod, self.counted.values()))
 
     def stats(self, q: Any) -> Stats:
         """phi, the gains and, unless the prior is flat, phi squared."""
@@ -162,12 +167,28 @@ class SharedGates:
         return eta._replace(mean=phi, gain=gain, round=tree.map(lambda t: t + 1, eta.round))
 
     def point(self, eta: Eta) -> Params:
-        """The shared weights."""
-        return eta.mean
+        """The shared weights, with zeros for what is removed."""
+        return self.whole(eta, eta.mean)
+
+    def whole(self, eta: Eta, params: Params) -> Params:
+        """Parameters of what is left as those of the full model."""
+        return self.cut(eta).scatter(params)
 
     def cut(self, eta: Eta) -> Cut:
         """What is left of the model."""
         return Cut.of(self.groups, eta.keep)
+
+    def left(self, eta: Eta) -> Params:
+        """The weights of what is left."""
+        return eta.mean
+
+    def sized(self, like: Eta, index: Params) -> Eta:
+        """An eta without values, in the shapes that these gates leave."""
+        return shrinking.sized(self.groups, like, index)
+
+    def follow(self, before: Eta, after: Eta, state: Params) -> Params:
+        """The server step's state, without what is removed."""
+        return shrinking.follow(self.groups, before, after, state)
 
     def accept(self, eta: Eta, t: Stats) -> Stats:
         """The statistics of a client; a PayloadError for gains that no E-step finds."""
@@ -189,16 +210,23 @@ class SharedGates:
 
     def idle(self, eta: Eta) -> Eta:
         """A round from which nothing arrived: the model shrinks on time, by the gains that are remembered."""
-        return self._chosen(eta._replace(round=tree.map(lambda t: t + 1, eta.round)))
+        return self._chosen(self.unseen(eta))
+
+    def unseen(self, eta: Eta) -> Eta:
+        """The M-step of no client: a round more; `project` decides on the gates."""
+        return eta._replace(round=tree.map(lambda t: t + 1, eta.round))
 
     def _chosen(self, eta: Eta) -> Eta:
         """Without the units for which there is no room; all stay as long as there is no evidence."""
-        keep, price = eta.keep, eta.price
-        if any(bool(g.any()) for g in eta.gain.values()):
-            allowed = self._allowed(float(eta.round["t"]), eta.mean)
-            keep, ratio = selection.select(self.groups, keep, eta.gain, eta.mean, allowed, self.counted, self.made)
-            price = {"lambda_0": torch.full_like(price["lambda_0"], ratio)} if ratio else price
-        return self.Eta(self._left(keep, eta.mean), keep, tree.map(torch.mul, eta.gain, keep), price, eta.round)
+        if not any(bool(g.any()) for g in eta.gain.values()):
+            return eta
+        allowed, gain = self._allowed(float(eta.round["t"])), self.cut(eta).all_units(eta.gain)
+        keep, ratio = selection.select(self.groups, eta.keep, gain, self.counted, allowed, self.made)
+        if all(torch.equal(z, eta.keep[g]) for g, z in keep.items()):
+            return eta
+        cut = shrinking.between(self.groups, eta.keep, keep)
+        price = {"lambda_0": torch.full_like(eta.price["lambda_0"], ratio)}
+        return self.Eta(cut.gather(eta.mean), keep, cut.units(eta.gain), price if ratio else eta.price, eta.round)
 
     def settled(self, eta: Eta) -> bool:
         """Is the density reached? Then no unit is removed any more, and clients need not weigh them."""
@@ -208,16 +236,15 @@ class SharedGates:
     def full(self, eta: Eta) -> posteriors.Gains:
         """A posterior without zeros or equal values in what is left: none is longer on the wire."""
 
-        def counted(on: Tensor) -> Tensor:
-            return on * on.flatten().cumsum(0).view_as(on)
+        def counted(value: Tensor) -> Tensor:
+            return torch.ones_like(value).flatten().cumsum(0).view_as(value)
 
-        ones = self._left(eta.keep, tree.map(torch.ones_like, eta.mean))
         weighs = not self.settled(eta)
-        return posteriors.Gains(tree.map(counted, ones), tree.map(lambda z: weighs * counted(z), eta.keep))
+        return posteriors.Gains(tree.map(counted, eta.mean), tree.map(lambda g: weighs * counted(g), eta.gain))
 
     def live(self, eta: Eta) -> int:
         """How many parameters are left."""
-        return selection.Live(self.groups, eta.keep, {name: eta.mean[name].shape for name in self.counted}).total()
+        return sum(eta.mean[name].numel() for name in self.counted)
 
     @property
     def _schedule(self) -> tuple[float, float, int, int]:
@@ -228,13 +255,13 @@ class SharedGates:
             )
         return self.density, self.start, self.hold, self.steps
 
-    def _allowed(self, t: float, params: Params) -> float:
+    def _allowed(self, t: float) -> float:
         """How many parameters there may be after round t."""
         density, start, hold, steps = self._schedule
         s = min(max((t - hold) / steps, 0.0), 1.0)
-        return start ** (1 - s) * density**s * self._total(params)
+        return start ** (1 - s) * density**s * self._total
 
     def schedule(self, params: Params, rounds: int) -> list[float]:
         """How many parameters each round of a run may have, given the model's."""
         first = self.live(self.init(params))
-        return [min(first, self._allowed(t, params)) for t in range(rounds)]
+        return [min(first, self._allowed(t)) for t in range(rounds)]

@@ -13,12 +13,12 @@ A composition of mixture.py (IFCA: Ghosh et al. 2020, arXiv:2006.04088) and shar
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, Self
 
 from fedprior import tree
-from fedprior.core import Eta, Stats
+from fedprior.core import Eta, Params, Stats
 from fedprior.priors.components import each, most
 from fedprior.priors.mixture import Mixture
 from fedprior.priors.parts import join_etas, join_stats, part_etas
@@ -59,17 +59,28 @@ class SparseMixture(Mixture):
         return self.prior.groups
 
     @property
-    def counted(self) -> tuple[str, ...]:
-        """Names of the parameters that a density counts."""
+    def counted(self) -> Mapping[str, tuple[int, ...]]:
+        """Shapes of the parameters that a density counts."""
         return self.prior.counted
 
     def cut(self, eta: Eta) -> Cut:
         """What is left of the component with most clients."""
         return self.prior.cut(most(eta))
 
-    def cuts(self, eta: Eta) -> dict[str, Cut]:
-        """What is left of each component."""
-        return {f"part{k}_": self.prior.cut(part) for k, part in enumerate(part_etas(eta))}
+    def left(self, eta: Eta) -> Params:
+        """The weights of what is left of it."""
+        return self.prior.left(most(eta))
+
+    def sized(self, like: Eta, index: Params) -> Eta:
+        """An eta without values, in the shapes that these gates leave of each component."""
+        of = [{key.replace(f"part{k}_", ""): z for key, z in index.items()} for k in range(self.components)]
+        return join_etas([self.prior.sized(*part) for part in zip(part_etas(like), of, strict=True)], share=like.share)
+
+    def follow(self, before: Eta, after: Eta, state: Params) -> Params:
+        """Each component's of the server step's state."""
+        for k, parts in enumerate(zip(part_etas(before), part_etas(after), strict=True)):
+            state = state | self.prior.follow(*parts, {key: v for key, v in state.items() if f"part{k}_" in key})
+        return state
 
     def accept(self, eta: Eta, t: Stats) -> Stats:
         """The statistics of a client; a PayloadError for gains that no E-step finds."""

@@ -29,17 +29,15 @@ _MAGIC = b"FEDS"
 def kept(prior: Prior, eta: Eta, schema: Schema) -> dict[str, np.ndarray]:
     """Name of a message's tensor -> which of its entries are not those of removed units, flat."""
     places = {key: np.ones(shape, bool).ravel() for key, (shape, _) in schema.items()}
-    cut, cuts = (getattr(prior, method, None) for method in ("cut", "cuts"))
-    for part, left in (cuts(eta) if cuts else {"": cut(eta)} if cut else {}).items():
-        places |= _left({key: shape for key, (shape, _) in schema.items() if key.startswith(part)}, left)
-    return places
+    cut = None if getattr(prior, "index", ()) else getattr(prior, "cut", None)  # an eta that shrinks has no such entry
+    return places | _left({key: shape for key, (shape, _) in schema.items()}, cut(eta)) if cut else places
 
 
 def _left(shapes: Mapping[str, tuple[int, ...]], left: Cut) -> dict[str, np.ndarray]:
     """`kept`, for the tensors that one cut is of."""
     names = {key: key.split("/", 1)[1] for key in shapes}
     ones = {name: torch.ones(shapes[key]) for key, name in names.items() if name in left.touched}
-    masks = left.scatter(left.gather(ones), ones)
+    masks = left.scatter(left.gather(ones))
     units = {g.name: torch.ones(g.units) for g in left.groups}
     masks |= left.all_units(left.units(units))
     return {key: masks[name].numpy().ravel() > 0 for key, name in names.items() if name in masks}
