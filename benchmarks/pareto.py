@@ -23,7 +23,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -31,6 +31,7 @@ from typing import Any
 import torch
 
 import fedprior as fp
+from fedprior.codecs import Dense, Sparse
 from fedprior.core import Population
 from fedprior.metrics import evaluate
 from fedprior.objective import Objective
@@ -78,6 +79,16 @@ def whole(algorithm: Callable[..., fp.Algorithm], **arguments: Any) -> Run:
     return Run(algorithm, arguments, {})
 
 
+def topk_int8_down(**arguments: Any) -> fp.Algorithm:
+    """Top-k with the broadcast of "fedavg int8"."""
+    return replace(fp.topk(**arguments), downlink=Dense("int8", "zlib"))
+
+
+def dropout_int8(**arguments: Any) -> fp.Algorithm:
+    """Federated dropout in int8 both ways, upwards as differences, as "fedsparse 5 % int8" has it."""
+    return replace(fp.feddropout(**arguments), codec=Sparse("int8", "zlib"), delta=True)
+
+
 LENET: Mapping[str, Run] = {
     "fedavg": whole(fp.fedavg),
     "fedavg int8": whole(fp.fedavg, value_type="int8", entropy="zlib"),
@@ -92,7 +103,9 @@ LENET: Mapping[str, Run] = {
     "fedsparse 10 % fast": whole(fp.fedsparse, density=0.1, activations=0.5),
     "fedsparse 2 % int4": whole(fp.fedsparse, density=0.02, value_type="int4"),
     "top-k 1 %": whole(fp.topk, fraction=0.01),
+    "top-k 1 % int8 down": whole(topk_int8_down, fraction=0.01),
     "dropout 0.5": whole(fp.feddropout, rate=0.5),
+    "dropout 0.5 int8": whole(dropout_int8, rate=0.5),
     "fedavg int4": whole(fp.fedavg, value_type="int4", entropy="zlib"),
     "fedavg momentum 0.5": whole(fp.fedavgm, momentum=0.5),
     "group lasso 0.001": whole(fp.grouplasso, strength=1e-3),

@@ -5,9 +5,10 @@
     python benchmarks/sweep.py table --out sweep                      # Markdown, of what has been run
 
 Settings, learning rates and rounds are those of pareto.py: density 0.05 of a LeNet on Fashion-MNIST, density 0.4 of a
-character transformer on Shakespeare. Of every client's training examples 10 %, drawn at random, are put aside before
-training; these of all clients together are the validation set. The test set is not looked at. `start` is given in
-densities, `hold` and `steps` in rounds. Every run is one process with one thread, one run after the other.
+character transformer on Shakespeare; "gates" is lambda_0 = 0.01, with gates that clients sample, on Fashion-MNIST. Of
+every client's training examples 10 %, drawn at random, are put aside before training; these of all clients together are
+the validation set. The test set is not looked at. `start` is given in densities, `hold` and `steps` in rounds; `keep`
+is the probability of every gate at the start. Every run is one process with one thread, one run after the other.
 """
 
 from __future__ import annotations
@@ -32,30 +33,33 @@ DEFAULT = "default"
 
 @dataclass(frozen=True)
 class Sweep:
-    """Points around the defaults, all at one density.
+    """Points around the defaults.
 
     Attributes:
-        density: of all points.
+        setting: of pareto.py.
+        size: what decides how small the model gets, at the points without a value of their own.
         points: factor -> the values that are not the default's.
         fedavg: learning rates of the dense rival.
     """
 
-    density: float
+    setting: str
+    size: Mapping[str, float]
     points: Mapping[str, tuple[float, ...]]
     fedavg: tuple[float, ...]
 
     def runs(self) -> dict[str, Callable[[], fp.Algorithm]]:
         """The lines of the table: "default", "lr 0.1", ..., "fedavg lr 0.1", ..."""
-        made: dict[str, Callable[[], fp.Algorithm]] = {DEFAULT: lambda: sparse(self.density)}
+        made: dict[str, Callable[[], fp.Algorithm]] = {DEFAULT: lambda: sparse(self.size)}
         for factor, values in self.points.items():
             for value in values:
-                made[f"{factor} {value:g}"] = lambda f=factor, v=value: sparse(self.density, **{f: v})
+                made[f"{factor} {value:g}"] = lambda f=factor, v=value: sparse({**self.size, f: v})
         return made | {f"fedavg lr {lr:g}": lambda lr=lr: fp.fedavg(lr=lr) for lr in self.fedavg}
 
 
 SWEEPS = {
     "fashion": Sweep(
-        0.05,
+        "fashion",
+        {"density": 0.05},
         {
             "lr": (0.1, 0.3),
             "momentum": (0.0, 0.8),
@@ -66,8 +70,15 @@ SWEEPS = {
         },
         (0.1, 0.2, 0.3),
     ),
+    "gates": Sweep(
+        "fashion",
+        {"lambda_0": 0.01},
+        {"lambda_0": (0.003, 0.03), "gate_lr": (0.0167, 0.15), "keep": (0.9, 0.999)},
+        (),
+    ),
     "shakespeare": Sweep(
-        0.4,
+        "shakespeare",
+        {"density": 0.4},
         {
             "lr": (0.0025, 0.01, 0.02),
             "momentum": (0.0, 0.8),
@@ -79,16 +90,16 @@ SWEEPS = {
         (0.0025, 0.005, 0.01, 0.02),
     ),
 }
-SCHEDULE = ("start", "hold", "steps")
+OF_THE_PRIOR = ("start", "hold", "steps", "keep")
 
 
-def sparse(density: float, **factors: float) -> fp.Algorithm:
+def sparse(factors: Mapping[str, float]) -> fp.Algorithm:
     """FedSparse with some factors that are not the default's."""
-    schedule = {name: factors.pop(name) for name in SCHEDULE if name in factors}
-    algorithm = fp.fedsparse(density=density, **factors)  # type: ignore[arg-type]
-    if "start" in schedule:
-        schedule["start"] *= density
-    return replace(algorithm, prior=replace(algorithm.prior, **schedule))  # type: ignore[type-var]
+    fields = {name: factors[name] for name in OF_THE_PRIOR if name in factors}
+    algorithm = fp.fedsparse(**{k: v for k, v in factors.items() if k not in fields})  # type: ignore[arg-type]
+    if "start" in fields:
+        fields["start"] *= factors["density"]
+    return replace(algorithm, prior=replace(algorithm.prior, **fields))  # type: ignore[type-var]
 
 
 def data(setting: str, seed: int) -> tuple[Population, fp.Examples]:
@@ -98,9 +109,10 @@ def data(setting: str, seed: int) -> tuple[Population, fp.Examples]:
     return clients, fp.Examples(torch.cat([h.x for h in held]), torch.cat([h.y for h in held]))
 
 
-def one(setting: str, name: str, seed: int, rounds: int, device: str) -> Row:
+def one(sweep: str, name: str, seed: int, rounds: int, device: str) -> Row:
     """One run's numbers; accuracies are those on the validation set."""
-    common, algorithm = SETTINGS[setting], SWEEPS[setting].runs()[name]()
+    setting, algorithm = SWEEPS[sweep].setting, SWEEPS[sweep].runs()[name]()
+    common = SETTINGS[setting]
     inference: Any = algorithm.inference
     lr = inference.lr if " lr " in f" {name}" else common.lr
     clients, validation = data(setting, seed)
@@ -117,7 +129,7 @@ def one(setting: str, name: str, seed: int, rounds: int, device: str) -> Row:
         evaluate_every=EVERY,
         progress=False,
     )
-    return row(setting, name, seed, lr, result) | {"nats": result.nats, "rounds": rounds}
+    return row(sweep, name, seed, lr, result) | {"nats": result.nats, "rounds": rounds}
 
 
 def run(options: argparse.Namespace) -> None:
@@ -129,7 +141,7 @@ def run(options: argparse.Namespace) -> None:
         for name in names:
             path = options.out / f"{slug(options.setting, name, seed)}.json"
             if not path.exists():
-                rounds = options.rounds or SETTINGS[options.setting].rounds
+                rounds = options.rounds or SETTINGS[SWEEPS[options.setting].setting].rounds
                 numbers = one(options.setting, name, seed, rounds, options.device)
                 path.write_text(json.dumps([numbers], indent=1))
                 print(f"{path.stem}: {100 * numbers['tail']:.2f} %, {numbers['seconds']:.0f} s", flush=True)

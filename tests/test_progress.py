@@ -1,9 +1,11 @@
 """What a run says while it goes on."""
 
 import pytest
+import torch
 
 import fedprior as fp
 from cases import classification_clients
+from coupled_nets import CharLSTM
 from fedprior.progress import left_whole
 
 CLIENTS = classification_clients((8, 9, 10))
@@ -37,10 +39,14 @@ def test_a_run_without_groups_says_nothing_of_them(capsys):
     assert "whole" not in capsys.readouterr().err
 
 
-def test_norms_and_embeddings_are_named_with_their_kind():
+def test_norms_embeddings_and_recurrent_layers_are_named_with_their_kind():
     model = fp.models.vit(8, 4, 12, 3, 1, 20)
     bound = fp.fedsparse(density=0.5).bind(model, fp.data.load("digits")[0].x[:1])
     assert left_whole(model, bound.prior) == (
         "layers that stay whole: patches (Conv2d), positions (Embedding), blocks.0.norm1 (LayerNorm), blocks.0.norm2 "
         "(LayerNorm), blocks.0.attention.out (Linear), blocks.0.second (Linear), norm (LayerNorm), head (Linear)"
     )
+    model = CharLSTM()
+    bound = fp.fedsparse(density=0.9).bind(model, torch.zeros(1, 5, dtype=torch.int64))
+    want = "layers that stay whole: embedding (Embedding), before.2 (Linear), lstm (LSTM), head.2 (Linear)"
+    assert left_whole(model, bound.prior) == want

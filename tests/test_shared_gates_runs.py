@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from dataclasses import replace
 
 import pytest
@@ -10,6 +11,7 @@ import torch
 
 import fedprior as fp
 from cases import image_clients, pooled, without_seconds
+from coupled_nets import CharLSTM
 from fedprior import Client, Examples
 from fedprior.rng import generator
 
@@ -28,29 +30,41 @@ def test_a_schedule_longer_than_the_run_is_refused_before_round_one(fields, roun
     assert fits.scheduled(needed).hold + fits.steps == needed
 
 
-def text_run(density: float, **fields) -> fp.Result:
+def transformer() -> torch.nn.Module:
     """One block with 2 heads of 4 and 12 neurons, on a stream of width 8."""
+    return fp.models.char_transformer(9, 5, 8, 2, 4, depth=1, hidden=12, every=True)
+
+
+def text_run(make: Callable[[], torch.nn.Module], density: float, rounds: int) -> fp.Result:
     rng = generator(0, "text")
     texts = (torch.arange(2 * 8 * 6) * 5 % 7).view(2, 8, 6) + torch.randint(2, (2, 8, 1), generator=rng)
     clients = [Client(i, str(i), Examples(t[:, :-1], t[:, 1:])) for i, t in enumerate(texts)]
-    model = fp.models.char_transformer(9, 5, 8, 2, 4, depth=1, hidden=12, every=True)
-    return fp.run(fp.fedsparse(lr=0.02, batch_size=4, density=density, **fields), model, clients, rounds=6)
+    return fp.run(fp.fedsparse(lr=0.02, batch_size=4, density=density), make(), clients, rounds=rounds)
 
 
-def test_densities_down_to_the_least_are_met_and_none_below_is_begun() -> None:
-    """The least is one head, one neuron, and all that has no units; 9 characters, windows of 5."""
-    head, neuron, norms = 3 * (8 * 4 + 4) + 4 * 8, 8 + 1 + 8, 3 * 16
-    whole = norms + (9 + 5) * 8 + 8 * 9 + 9 + 8 + 8  # with embeddings, the last layer, biases of out and second
-    least, total = whole + head + neuron, whole + 2 * head + 12 * neuron
+HEAD, NEURON = 3 * (8 * 4 + 4) + 4 * 8, 8 + 1 + 8
+STREAM = 3 * 16 + (9 + 5) * 8 + 8 * 9 + 9 + 8 + 8  # norms, embeddings, the last layer, biases of out and second
+LSTM = 8 * 4 + 4 * 6 * (4 + 6 + 2) + 4 + 8  # embedding, LSTM, biases of before.2 and head.2
+TEXTS = {  # model, rounds, parameters of what has no units, {parameters of a unit: how many}
+    "transformer": (transformer, 6, STREAM, {HEAD: 2, NEURON: 12}),
+    "user's own LSTM": (CharLSTM, 2, LSTM, {4 + 1 + 4: 5, 6 + 1 + 8: 8}),
+}
+
+
+@pytest.mark.parametrize("name", TEXTS)
+def test_densities_down_to_the_least_are_met_and_none_below_is_begun(name: str) -> None:
+    """The least is one unit of each group, and all that has no units."""
+    make, rounds, whole, units = TEXTS[name]
+    least, total = whole + sum(units), whole + sum(size * count for size, count in units.items())
     exact = least / total
-    result = text_run(exact)
+    result = text_run(make, exact, rounds)
     assert result.parameters == total and result.parameters_left == least
     middle = (exact + 1) / 2
-    assert 0 <= middle * total - text_run(middle).parameters_left <= head
+    assert 0 <= middle * total - text_run(make, middle, rounds).parameters_left <= max(units)
     with pytest.raises(ValueError, match="cannot be reached") as error:
-        text_run(exact - 0.01)
+        text_run(make, exact - 0.01, rounds)
     (named,) = re.findall(r"density >= ([0-9.]+)", str(error.value))
-    assert exact <= float(named) < exact + 1e-5 and text_run(float(named)).parameters_left == least
+    assert exact <= float(named) < exact + 1e-5 and text_run(make, float(named), rounds).parameters_left == least
 
 
 def run(rounds: int = 12, **fields) -> fp.Result:

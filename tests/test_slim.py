@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
 import torch
 from torch import Tensor, nn
 
 import fedprior as fp
 from cases import conv_net, count_alive, redraw
-from coupled_nets import Branches, OneLayerBlock, Residual, norm_net
+from coupled_nets import READS, Beside, Branches, CharLSTM, OneLayerBlock, Residual, Twice, gru_net, norm_net
 from fedprior import inference, priors, structure, tree
 from fedprior.objective import Objective
 from fedprior.rng import generator
@@ -58,49 +60,59 @@ MODELS = {
     "vit": (lambda: fp.models.vit(image=16, patch=4, width=12, heads=3, depth=2, hidden=20), (1, 16, 16)),
     "elsa": (lambda: fp.models.elsa(12, 7, 4), (12,)),
     "elsa, chained": (lambda: fp.models.elsa(12, 7, 4, chained=True), (12,)),
-    "char transformer": (lambda: fp.models.char_transformer(7, 5, 12, 3, 4, depth=2, hidden=10), (5,)),
+    "char transformer": (lambda: fp.models.char_transformer(8, 5, 12, 3, 4, depth=2, hidden=10), (5,)),
+    "char gru": (gru_net, (5,)),
+    **{f"char lstm, {reads}": (partial(CharLSTM, reads), (5,)) for reads in READS},
+    "beside a gru": (Beside, (5, 4)),
+    "layer called twice": (Twice, (8,)),
 }
+TOLERANCES = {torch.float32: 1e-5, torch.float64: 1e-10}
 
 
-def setting(name: str) -> tuple[nn.Module, Tensor, Cut, dict[str, Tensor]]:
-    """A model in double precision, inputs, a cut at random (never a whole group), and its parameters."""
+def setting(name: str, dtype: torch.dtype = torch.float64) -> tuple[nn.Module, Tensor, Cut, dict[str, Tensor]]:
+    """A model, inputs, a cut at random (never a whole group), and its parameters."""
     make, shape = MODELS[name]
-    model, rng = redraw(make().double()), generator(1, name)
-    x = torch.randn(5, *shape, generator=rng, dtype=torch.float64)
-    if name == "char transformer":
-        x = torch.randint(7, x.shape, generator=rng)
+    model, rng = redraw(make().to(dtype)), generator(1, name)
+    x = torch.randn(5, *shape, generator=rng, dtype=torch.float64).to(dtype)
+    if name.startswith("char "):
+        x = torch.randint(8, x.shape, generator=rng)
     groups = structure.groups(model, x)
-    gate = {g.name: (torch.rand(g.units, generator=rng) < 0.6).double() for g in groups}
+    gate = {g.name: (torch.rand(g.units, generator=rng) < 0.6).to(dtype) for g in groups}
     for z in gate.values():
         z[0], z[-1] = 1.0, 0.0
     params = Objective(model).params()
-    params |= {k: v.abs() + 0.5 for k, v in params.items() if k.endswith("running_var")}
-    return model, x, Cut.of(groups, gate), {**params}
+    params |= {k: 0.5 + torch.rand(v.shape, generator=rng).to(dtype) for k, v in params.items() if ".running_" in k}
+    return model, x, Cut.of(groups, gate), params
 
 
+def what_is_left(cut: Cut, params: dict[str, Tensor]) -> dict[str, Tensor]:
+    """1 for entries that stay and 0 for those that are cut; shapes as in structure.alive."""
+    one = next(iter(params.values())).new_ones(())
+    return structure.alive(cut.groups, cut.all_units({g: one.repeat(len(k)) for g, k in cut.kept.items()}), params)
+
+
+@pytest.mark.parametrize("dtype", TOLERANCES, ids=str)
 @pytest.mark.parametrize("name", MODELS)
-def test_outputs_are_those_of_the_masked_model(name: str) -> None:
-    model, x, cut, params = setting(name)
-    gate = cut.all_units({g: torch.ones(len(k), dtype=torch.float64) for g, k in cut.kept.items()})
-    whole, small = Objective(model), Objective(slim(model, cut))
+def test_outputs_are_those_of_the_masked_model(name: str, dtype: torch.dtype) -> None:
+    """Up to a share of the largest output: logits of this LeNet reach 80, where one step of float32 is 8e-6."""
+    model, x, cut, params = setting(name, dtype)
+    whole, small, alive = Objective(model), Objective(slim(model, cut)), what_is_left(cut, params)
     whole.train(False)
     small.train(False)
-    want = whole.outputs(structure.apply(structure.alive(cut.groups, gate, params), params), x)
-    got = small.outputs(cut.gather(params), x)
-    assert torch.allclose(got, want, atol=1e-10, rtol=0)
-    assert cut.removed == sum(int((z == 0).sum()) for z in gate.values()) and tree.size(small.params()) < tree.size(
-        params
-    )
-    alive = structure.alive(cut.groups, gate, params)
-    assert count_alive(alive, params) == tree.size(small.params())
+    want, got = whole.outputs(structure.apply(alive, params), x), small.outputs(cut.gather(params), x)
+    assert got.dtype == want.dtype == dtype
+    tolerance = TOLERANCES[dtype] * want.abs().max()
+    assert (got - want).abs().max() <= tolerance < (whole.outputs(params, x) - want).abs().max()
+    assert tree.size(small.params()) == count_alive(alive, params) < tree.size(params)
+    assert cut.removed == sum(g.units for g in cut.groups) - sum(g.units for g in cut.small_groups) > 0
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("dtype", TOLERANCES, ids=str)
 def test_the_model_of_a_slim_module_is_smaller_and_keeps_its_weights(dtype: torch.dtype) -> None:
-    model, _, cut, _ = setting("lenet")
+    model, _, cut, _ = setting("lenet", dtype)
     for parameter in model.get_submodule("0").parameters():
         parameter.requires_grad_(False)
-    small = slim(model.to(dtype), cut)
+    small = slim(model, cut)
     assert [p.requires_grad for p in small.parameters()] == [p.requires_grad for p in model.parameters()]
     assert all(torch.equal(v, cut.gather(Objective(model).params())[k]) for k, v in Objective(small).params().items())
 
@@ -112,7 +124,7 @@ def test_scatter_and_gather(name: str) -> None:
     back = cut.scatter(small)
     assert all(torch.equal(cut.gather(back)[k], v) for k, v in small.items())
     gate = cut.all_units({g: torch.ones(len(k), dtype=torch.float64) for g, k in cut.kept.items()})
-    masked = structure.apply(structure.alive(cut.groups, gate, params), params)
+    masked = structure.apply(what_is_left(cut, params), params)
     assert all(torch.equal(back[k], v) for k, v in masked.items())
     assert all(torch.equal(cut.units(gate)[g], torch.ones(len(k)).double()) for g, k in cut.kept.items())
 
@@ -130,12 +142,11 @@ def test_groups_of_the_slim_model(name: str) -> None:
     assert all(torch.equal(got[k], v) for k, v in want.items())
 
 
-@pytest.mark.parametrize("name", ["conv", "mlp", "batch norm"])
+@pytest.mark.parametrize("name", ["conv", "mlp", "batch norm", "layer called twice"])
 def test_gradients_are_those_of_the_masked_model(name: str) -> None:
     model, x, cut, params = setting(name)
     y = torch.arange(len(x)) % 3
-    gate = cut.all_units({g: torch.ones(len(k), dtype=torch.float64) for g, k in cut.kept.items()})
-    masked = structure.apply(structure.alive(cut.groups, gate, params), params)
+    masked = structure.apply(what_is_left(cut, params), params)
     gradients = []
     for objective, start in ((Objective(model), masked), (Objective(slim(model, cut)), cut.gather(params))):
         phi = {k: v.clone().requires_grad_(k in objective.trainable) for k, v in start.items()}
@@ -186,14 +197,12 @@ def test_what_stays_dense() -> None:
     assert {g.name: g.units for g in groups} == {"blocks.0.attention.value": 3, "blocks.0.first": 10}
     whole = {"embedding", "positions", "blocks.0.norm1", "blocks.0.norm2", "norm", "head"}
     assert {m.name.rpartition(".")[0] for g in groups for m in g.members}.isdisjoint(whole)
-    gru = fp.models.char_gru(10)
-    with pytest.raises(ValueError, match="no unit of CharGRU can be gated"):
-        structure.groups(gru, torch.zeros(1, 5, dtype=torch.int64))
-    mixed = fp.models.CharGRU(10, 4, 6)
-    mixed.head = nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 10))  # type: ignore[assignment]
-    groups = structure.groups(mixed, torch.zeros(1, 5, dtype=torch.int64))
-    assert [g.units for g in groups] == [8]
-    assert structure.dense_layers(mixed, groups) == ["embedding", "gru", "head.2"]
+    dense = {
+        gru_net(): ["embedding.0", "embedding.1.2", "gru", "head.2"],
+        CharLSTM(): ["embedding", "before.2", "lstm", "head.2"],
+    }
+    for model, whole in dense.items():
+        assert structure.dense_layers(model, structure.groups(model, x)) == whole
 
 
 def test_units_of_a_group_norm_are_whole_norm_groups() -> None:

@@ -13,7 +13,7 @@ from torch.func import functional_call
 
 import fedprior as fp
 from cases import conv_net, count_alive, everywhere, redraw
-from coupled_nets import Branches, OneLayerBlock, Residual, norm_net
+from coupled_nets import Branches, CharLSTM, OneLayerBlock, Residual, norm_net
 from fedprior import Params, structure
 from fedprior.objective import Objective
 from fedprior.rng import generator
@@ -208,11 +208,17 @@ def test_a_character_is_predicted_from_those_before_it() -> None:
     assert torch.equal(last(x), logits[:, -1])
 
 
-@pytest.mark.parametrize("build", [fp.models.softmax, lambda: fp.models.char_gru(20)], ids=["softmax", "gru"])
-def test_a_model_without_units_is_refused(build: Callable[[], nn.Module]) -> None:
-    model = build()
-    x = torch.zeros(1, 5, dtype=torch.int64) if isinstance(model, fp.models.CharGRU) else torch.zeros(1, 784)
-    with pytest.raises(ValueError, match=r"no unit of (Sequential|CharGRU) can be gated.*Gaussian"):
+@pytest.mark.parametrize(
+    ("model", "x"),
+    [
+        (fp.models.softmax(), torch.zeros(1, 784)),
+        (fp.models.char_gru(8), torch.zeros(1, 5, dtype=torch.int64)),
+        (CharLSTM(hidden=False), torch.zeros(1, 5, dtype=torch.int64)),
+    ],
+    ids=["softmax", "gru", "lstm"],
+)
+def test_a_model_without_units_is_refused(model: nn.Module, x: Tensor) -> None:
+    with pytest.raises(ValueError, match=rf"no unit of {type(model).__name__} can be gated.*Gaussian"):
         structure.groups(model, x)
 
 

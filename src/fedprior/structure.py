@@ -25,6 +25,7 @@ import torch
 from torch import Tensor, nn
 
 from fedprior.core import Params
+from fedprior.tracing import traceable
 
 
 @dataclass(frozen=True)
@@ -169,8 +170,7 @@ def groups(model: nn.Module, x: Tensor) -> tuple[Group, ...]:
     known = _known(model)
     with warnings.catch_warnings(), torch.random.fork_rng(devices=[]):
         warnings.simplefilter("ignore")  # it warns of parameters outside its layers: those stay dense here
-        traced = nn.Sequential(*_maker(x), model)
-        graph: Any = torch_pruning.DependencyGraph().build_dependency(traced, example_inputs=x[:1])
+        graph: Any = torch_pruning.DependencyGraph().build_dependency(traceable(model, x), example_inputs=x[:1])
         found = [
             _group(list(items), names, known)
             for items in graph.get_all_groups(root_module_types=[nn.Conv2d, nn.Linear])
@@ -191,13 +191,6 @@ def dense_layers(model: nn.Module, groups: Sequence[Group]) -> list[str]:
     return [
         n for n, layer in model.named_modules() if any(True for _ in layer.parameters(recurse=False)) and n not in owned
     ]
-
-
-def _maker(x: Tensor) -> list[nn.Module]:
-    """A layer that makes inputs like x: what shares its units cannot be cut."""
-    if not x.is_floating_point() or x.ndim == 1:
-        return []
-    return [(nn.Conv2d(x.shape[1], x.shape[1], 1) if x.ndim == 4 else nn.Linear(x.shape[-1], x.shape[-1])).to(x)]
 
 
 _NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.GroupNorm, nn.LayerNorm)
