@@ -11,8 +11,9 @@ import torch
 import fedprior as fp
 from budget_calls import MODELS, ROUNDS, VECTORS, run, total
 from cases import equal
-from fedprior import Availability, planning
+from fedprior import Availability, planning, wire
 from fedprior.budget import Budget
+from fedprior.codecs import Dense, Sparse
 from fedprior.engines.sequential import summed
 from fedprior.objective import Objective
 from fedprior.records import ClientRecord, Round
@@ -113,9 +114,17 @@ KNOWN = [
     (fp.fedsparse(0.1, density=0.2, batch_size=8, value_type="bfloat16", entropy="none"), "late"),
     (fp.fedsparse(0.1, density=0.2, batch_size=8, value_type="int8", entropy="none"), "late"),
     (fp.fedsparse(0.1, density=0.2, batch_size=8, value_type="int8"), "bound"),
-    (fp.topk(), "down"),
-    (fp.grouplasso(), "down"),
-    (fp.feddropout(), "nothing"),
+    (fp.topk(), "bound"),
+    (fp.topk(fraction=0.01, entropy="none"), "bound"),
+    (fp.topk(fraction=0.3, value_type="int8", entropy="none"), "bound"),
+    (fp.topk(fraction=0.2, value_type="int2"), "bound"),
+    (fp.topk(fraction=0.5, entropy="none"), "exact"),
+    (fp.grouplasso(), "exact"),
+    (replace(fp.grouplasso(strength=0.01), codec=Sparse("bfloat16", "zlib")), "bound"),
+    (fp.feddropout(), "exact"),
+    (replace(fp.feddropout(rate=0.3), codec=Sparse("int8", "zlib"), downlink=Sparse(), delta=True), "bound"),
+    (replace(fp.feddropout(), codec=Dense()), "exact"),
+    (fp.fedsparse(lambda_0=0.1), "nothing"),
 ]
 
 
@@ -131,10 +140,29 @@ def test_what_is_known_of_a_round_before_it_begins(algorithm: fp.Algorithm, kind
     assert len(watching.seen) == ROUNDS
     for number, (down, up, records) in enumerate(watching.seen, 1):
         exact = kind == "exact" or (kind == "late" and number > 5)
-        assert (down is None) == (kind == "nothing") and (up is None) == (kind in ("nothing", "down"))
+        assert (down is None) == algorithm.samples and (up is None) == (kind == "nothing")
         assert down is None or {c.bytes_down for c in records} == {down}
         longest = max(c.bytes_up for c in records)
         assert up is None or (longest == up if exact else 0.75 * up < longest <= up)
+
+
+PARTS = {
+    **{name: (model, clients[0].train.x[:1]) for name, (model, clients) in MODELS.items()},
+    "resnet": (fp.models.resnet(8, "batch", 4, classes=3), torch.zeros(1, 1, 8, 8)),
+    "vit": (fp.models.vit(8, 4, 12, 3, 2, 20, 3), torch.zeros(1, 1, 8, 8)),
+}
+
+
+@pytest.mark.parametrize("name", PARTS)
+def test_the_parts_that_dropout_draws_are_equally_long(name: str) -> None:
+    """So that what is known of one is known of all."""
+    model, x = PARTS[name]
+    made = fp.feddropout(rate=0.6).bind(model, x)
+    eta, lengths = made.prior.init(Objective(model).params()), set()
+    for seed in range(20):
+        sent = made.sample(eta, torch.Generator().manual_seed(seed))
+        lengths.add(len(made.codec.encode(wire.flat(made.message(sent, made.prior.full(sent))), 1.0)))
+    assert lengths == {planning.known(made, eta)[1]}
 
 
 @pytest.mark.parametrize("fits", [1, 2, 4])

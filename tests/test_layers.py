@@ -12,7 +12,7 @@ import fedprior as fp
 from cases import classification_clients, close, equal, without_seconds
 from fedprior import engines, posteriors, robust, tree, wire
 from fedprior.budget import Budget
-from fedprior.codecs import schema_of
+from fedprior.codecs import Dense, schema_of
 from fedprior.engines.stacked import Stacked
 from fedprior.layer import Setting
 from fedprior.privacy import Privacy, SecureSum, clipping, shamir
@@ -142,6 +142,10 @@ REFUSED = {
     "no wish": (lambda: Privacy(), "target_epsilon"),
     "cohort": (lambda: go(SECURE, cohort=2), "cohort of 3"),
     "bits": (lambda: go(replace(PLAIN, secure=SecureSum(bits=8))), "bits must be one of"),
+    "few bits": (
+        lambda: replace(fp.fedsparse(weighting="uniform"), secure=SecureSum({"phi": 1.0}, bits=16)),
+        "entries of gain of SharedGates",
+    ),
     "delta": (lambda: go(replace(PLAIN, privacy=Privacy(1.0, delta=0.5))), "delta=0.5"),
     "one round too dear": (lambda: go(replace(PLAIN, privacy=Privacy(0.1, 0.5))), "give more noise"),
     "running means": (
@@ -162,6 +166,23 @@ def test_what_does_not_fit_is_refused_before_round_one(case: str) -> None:
     build, words = REFUSED[case]
     with pytest.raises(ValueError, match=words):
         build()
+
+
+@pytest.mark.parametrize("name", fp.ALGORITHMS)
+def test_16_bits_are_refused_for_terms_of_many_sizes_unless_a_bound_is_written(name: str) -> None:
+    """Which those are the prior says, and a private sum has the clip as its bound."""
+    made = replace(fp.ALGORITHMS[name](), weighting="uniform", codec=Dense(), downlink=Dense(), feedback=False)
+    prior = made.prior
+    if made.individual or not prior.uplink:
+        return
+    wide = {*getattr(prior, "bounds", {}), *getattr(prior, "precise", ())} & {*prior.uplink}
+    if wide:
+        with pytest.raises(ValueError, match=r"16 bits .* write SecureSum\(bits=32\)"):
+            replace(made, secure=SecureSum(bits=16))
+    for taken in (SecureSum(), SecureSum(1.0, bits=16), SecureSum(dict.fromkeys(prior.uplink, 1.0), bits=16)):
+        assert replace(made, secure=taken).secure == taken
+    assert wide or replace(made, secure=SecureSum(bits=16)).layered
+    assert replace(made, secure=SecureSum(bits=16), privacy=Privacy(1.0)).layered
 
 
 @pytest.mark.parametrize("length", [0.1, 1.0, 7.0])

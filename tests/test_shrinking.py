@@ -13,10 +13,11 @@ import torch
 import fedprior as fp
 from cases import CONV, IMAGES, close, equal, image_clients, normal
 from draws import uniform
-from fedprior import Params, Stats, checkpoint, priors, server, tree, wire
+from fedprior import Params, Stats, checkpoint, inference, priors, server, structure, tree, wire
 from fedprior.codecs import PayloadError, Sparse, schema_of
 from fedprior.objective import Objective
 from fedprior.priors.parts import part_etas
+from fedprior.privacy.layout import kept
 from fedprior.rng import generator
 
 PARAMS = Objective(CONV).params()
@@ -188,3 +189,16 @@ def test_checkpoints_shrink_and_an_altered_one_is_refused(tmp_path: Path) -> Non
     assert equal(saved.eta, tree.flatten(result.eta))
     sized = wire.sized(result.algorithm, result.algorithm.start(Objective(model).params())[0], saved.eta)
     assert schema_of(tree.flatten(sized)) == schema_of(saved.eta)
+
+
+def test_of_an_eta_that_keeps_zeros_no_mask_covers_what_is_removed() -> None:
+    """Secure sums and noise leave out the entries of closed units, which are the zeros of ones behind closed gates."""
+    prior = priors.GroupLasso(0.0).bind(CONV, IMAGES)
+    eta = prior.init(normal(generator(0, "eta"), PARAMS))
+    closed = {g: torch.arange(len(z)) % 2 for g, z in eta.keep.items()}
+    eta = prior.project(eta, eta._replace(keep=closed))
+    schema = wire.message_schema(fp.Algorithm(prior, inference.Point(0.1)), eta)
+    alive = structure.apply(structure.alive(prior.groups, closed, PARAMS), tree.map(torch.ones_like, PARAMS))
+    for key, places in kept(prior, eta, schema).items():
+        assert places.tolist() == (alive[key.split("/", 1)[1]].flatten() > 0).tolist()
+    assert sum(int(z.sum()) for z in alive.values()) < tree.size(PARAMS)

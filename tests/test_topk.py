@@ -56,6 +56,21 @@ def test_large_messages(fraction: float, entropy: str) -> None:
     assert fraction == 1 or len(payload) < len(Dense().encode(message, 1))
 
 
+@settings(max_examples=300)
+@given(
+    data=st.data(), fraction=st.floats(1e-6, 1), kind=st.sampled_from(["float32", "bfloat16", "int8", "int4", "int2"])
+)
+def test_no_payload_is_longer_than_the_longest(data: st.DataObject, fraction: float, kind: str) -> None:
+    """And one of float32 with a bitmap is as long."""
+    entropy = data.draw(st.sampled_from(["none", "zlib"]))
+    message, codec = data.draw(messages(torch.float32, 2.0**99)), TopK(fraction, kind, entropy)
+    payload, longest = codec.encode(message, 1), codec.longest(schema_of(message))
+    assert len(payload) <= longest
+    entries = sum(v.numel() for v in message.values() if v.ndim >= 2)
+    if (kind, entropy) == ("float32", "none") and 8 * max(1, round(fraction * entries)) >= entries:
+        assert len(payload) == longest
+
+
 def test_everything_is_dense() -> None:
     """fraction=1: the values of Dense to the bit, for its bytes, a kind and a bitmap."""
     message = Case(Dense()).message()

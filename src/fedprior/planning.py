@@ -22,7 +22,7 @@ from torch import Tensor
 
 from fedprior import posteriors, selection, wire
 from fedprior.algorithm import Algorithm
-from fedprior.codecs import Dense, Sparse, schema_of
+from fedprior.codecs import Dense, Sparse, TopK, schema_of
 from fedprior.codecs.entropy import longest_coded
 from fedprior.core import Eta, Params, Schema
 from fedprior.objective import Objective
@@ -79,17 +79,22 @@ def plan(algorithm: Algorithm, params: Params, rounds: int, cohort: int) -> Algo
 def known(algorithm: Algorithm, eta: Eta) -> tuple[int | None, int | None]:
     """What is known of the next round's payloads: bytes of a client's broadcast, and the most that it can send.
 
-    None where the broadcast is another for each client, and where only the client knows how much it sends.
+    None where the broadcast is another for each client, and where only the client knows how much it sends. Of the parts
+    of a model that clients are sent, none is longer than another.
     """
     down = None if algorithm.samples else len(wire.encode_eta(algorithm, eta))
+    sent = algorithm.sample(eta, generator(0, "plan"))
     codec, full = algorithm.codec, getattr(algorithm.prior, "full", None)
     if isinstance(codec, Sparse) and full is not None:
-        q = full(eta)
-    elif isinstance(codec, Dense):
-        q = algorithm.inference.start(algorithm.prior, eta)
+        q = full(sent)
+    elif isinstance(codec, Dense | TopK):
+        q = algorithm.inference.start(algorithm.prior, sent)
     else:
         return down, None
-    plain = replace(codec, entropy="none").encode(wire.flat(algorithm.message(eta, q)), 1.0)
+    message = wire.flat(algorithm.message(sent, q))
+    if isinstance(codec, TopK):
+        return down, codec.longest(schema_of(message))
+    plain = replace(codec, entropy="none").encode(message, 1.0)
     return down, longest_coded(codec.entropy, len(plain))
 
 

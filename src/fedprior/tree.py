@@ -35,6 +35,11 @@ def size(params: Mapping[str, Tensor]) -> int:
     return sum(value.numel() for value in params.values())
 
 
+def counted(params: Mapping[str, Tensor]) -> Params:
+    """1, 2, 3, ... in the shape of each: without a zero, and no two equal."""
+    return map(lambda v: torch.arange(1, v.numel() + 1).to(v).view_as(v), params)
+
+
 def finite(values: Iterable[Tensor]) -> bool:
     """Are all entries numbers?"""
     return all(bool(value.isfinite().all()) for value in values)

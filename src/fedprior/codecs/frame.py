@@ -90,9 +90,13 @@ class Frame:
             checksum = zlib.crc32(part, checksum)
         return b"".join([fields, _CRC.pack(checksum), *parts])
 
+    def longest(self, body: int) -> int:
+        """The most bytes of a payload whose body has so many before the entropy coder."""
+        return HEADER_BYTES + entropy.longest_coded(self.entropy, body)
+
     def unpack(self, payload: bytes, schema: Schema, longest: int) -> tuple[Reader, float]:
         """The body and the count; `longest` is the most bytes that a body of this schema can have."""
-        most = HEADER_BYTES + entropy.longest_coded(self.entropy, longest)
+        most = self.longest(longest)
         if len(payload) < HEADER_BYTES:
             raise PayloadError(f"{len(payload)} bytes, and a header alone has {HEADER_BYTES}")
         if len(payload) > most:

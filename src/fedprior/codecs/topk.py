@@ -71,15 +71,26 @@ class TopK:
         schema = schema_of(message)
         return min((self._frame.pack(schema, clients, whole + p + tail) for p in _positions(kept)), key=len)
 
-    def decode(self, payload: bytes, schema: Schema) -> tuple[Params, float]:
-        """The message and its weight."""
-        plain, shapes = exact(self.value_type), [shape for shape, _ in schema.values()]
+    def _sizes(self, schema: Schema) -> tuple[list[Shape], int, int, int]:
+        """The shapes of large tensors, their entries, how many of these travel, and the bytes of whole and kind."""
+        shapes = [shape for shape, _ in schema.values()]
         large = [shape for shape in shapes if len(shape) >= 2]
         entries = sum(map(math.prod, large))
-        kept = self._kept(entries)
-        longest = sum(plain.size(shape) for shape in shapes if len(shape) < 2) + 1 + plain.size((kept,))
-        longest += max(-(-entries // 8), _longest_gaps(kept, entries))
-        reader, clients = self._frame.unpack(payload, schema, longest)
+        whole = sum(exact(self.value_type).size(shape) for shape in shapes if len(shape) < 2)
+        return large, entries, self._kept(entries), whole + 1
+
+    def longest(self, schema: Schema) -> int:
+        """The most bytes of a payload: integers have a step, and an unfinished byte, in each tensor."""
+        large, entries, kept, whole = self._sizes(schema)
+        bitmap, row = -(-entries // 8), (1, kept)
+        values = min(exact(self.value_type).size(row), coding(self.value_type, row).size(row) + 5 * len(large))
+        return self._frame.longest(whole + min(bitmap, _longest_gaps(kept, entries) or bitmap) + values)
+
+    def decode(self, payload: bytes, schema: Schema) -> tuple[Params, float]:
+        """The message and its weight."""
+        plain, (large, entries, kept, whole) = exact(self.value_type), self._sizes(schema)
+        positions = max(-(-entries // 8), _longest_gaps(kept, entries))
+        reader, clients = self._frame.unpack(payload, schema, whole + positions + plain.size((kept,)))
         arrays = {n: plain.read(reader, n, shape) for n, (shape, _) in schema.items() if len(shape) < 2}
         bits = iter(_split(_read_positions(reader, kept, entries), large))
         for name, (shape, _) in schema.items():

@@ -11,57 +11,31 @@ The last terms of both lines are 0 where the shares sum to 1, which they do at t
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Sequence
-from typing import Any
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from types import MappingProxyType
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from fedprior.core import Eta, Params, Stats
 from fedprior.posteriors import Predictive
-from fedprior.priors.parts import names_of_parts, part_etas, part_stats
+from fedprior.priors.carried import Carried
+from fedprior.priors.parts import part_etas, part_stats
 from fedprior.rng import generator
 
 
-class Wire:
+class Wire(Carried):
     """What travels of `components` components, each with the same `prior`."""
 
     components: int
     prior: Any
+    own: ClassVar[Mapping[str, tuple[str, ...]]] = MappingProxyType({"uplink": ("pi",), "exact": ("share",)})
 
     @property
-    def uplink(self) -> tuple[str, ...]:
-        """The components', and pi."""
-        return (*self._of_all("uplink"), "pi")
-
-    @property
-    def exact(self) -> tuple[str, ...]:
-        """The components', and the shares."""
-        return (*self._of_all("exact"), "share")
-
-    @property
-    def bounds(self) -> dict[str, float]:
-        """The components'."""
-        own = getattr(self.prior, "bounds", {})
-        return {name: own[term] for term in own for name in names_of_parts([(term,)] * self.components)}
-
-    @property
-    def precise(self) -> tuple[str, ...]:
-        """The components'."""
-        return self._of_all("precise")
-
-    @property
-    def precise_eta(self) -> tuple[str, ...]:
-        """The components'."""
-        return self._of_all("precise_eta")
-
-    @property
-    def index(self) -> tuple[str, ...]:
-        """The components'."""
-        return self._of_all("index")
-
-    def _of_all(self, attribute: str) -> tuple[str, ...]:
-        return names_of_parts([getattr(self.prior, attribute, ())] * self.components)
+    def beside(self) -> Sequence[Any]:
+        """The components."""
+        return [self.prior] * self.components
 
 
 def apart(params: Params, components: int, spread: float, seed: int, noisy: Collection[str] | None) -> list[Params]:

@@ -35,7 +35,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from fedprior import structure, tree
+from fedprior import posteriors, structure, tree
 from fedprior.codecs import PayloadError
 from fedprior.core import Params, Stats
 from fedprior.slim import Cut
@@ -65,9 +65,7 @@ class Dropout:
 
     def __post_init__(self) -> None:
         if not (0 <= self.rate < 1 and 0 <= self.precision < math.inf):
-            raise ValueError(
-                f"Dropout needs 0 <= rate < 1 and finite precision >= 0, got {self.rate} and {self.precision}"
-            )
+            raise ValueError(f"need 0 <= rate < 1 and a finite precision >= 0, got {self.rate} and {self.precision}")
 
     def bind(self, model: nn.Module, x: Tensor) -> Dropout:
         """The same prior with the groups of a model."""
@@ -91,6 +89,10 @@ class Dropout:
             chosen = torch.randperm(g.units, generator=rng)[: self._kept(g)].to(eta.keep[g.name].device)
             gate[g.name] = torch.zeros_like(eta.keep[g.name]).index_fill(0, chosen, 1.0)
         return self.Eta(structure.apply(structure.alive(self.groups, gate, eta.mean), eta.mean), gate)
+
+    def full(self, eta: Eta) -> posteriors.Point:
+        """A posterior whose message has no zeros or equal values in the client's part: none is longer on the wire."""
+        return posteriors.Point(tree.counted(eta.mean))
 
     def cut(self, eta: Eta) -> Cut:
         """What a client trains."""

@@ -26,7 +26,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from fedprior import structure, tree
+from fedprior import posteriors, structure, tree
 from fedprior.core import Params, Stats
 from fedprior.priors.gaussian import Gaussian
 from fedprior.slim import Cut
@@ -120,6 +120,10 @@ class GroupLasso:
         if not factor.any():
             factor[torch.where(keep > 0, norm / size.sqrt(), -1.0).argmax()] = 1.0
         return factor
+
+    def full(self, eta: Eta) -> posteriors.Point:
+        """A posterior without zeros or equal values in what is left: none is longer on the wire."""
+        return posteriors.Point(self._left(eta._replace(mean=tree.counted(eta.mean))).mean)
 
     def cut(self, eta: Eta) -> Cut:
         """The units that are left."""

@@ -18,7 +18,7 @@ With priors.Personal as a part: Arivazhagan et al. 2019, arXiv:1912.00818 (FedPe
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -27,6 +27,7 @@ from torch import Tensor, nn
 
 from fedprior.core import Eta, Params, Stats
 from fedprior.objective import params_of
+from fedprior.priors.carried import Carried
 from fedprior.priors.parts import (
     Moments,
     PartOf,
@@ -35,7 +36,6 @@ from fedprior.priors.parts import (
     globs,
     join_etas,
     join_stats,
-    names_of_parts,
     part_etas,
     part_stats,
     take,
@@ -45,7 +45,7 @@ _NOT_A_PART = ("cut", "sample", "accept", "reference")
 
 
 @dataclass(frozen=True)
-class Split:
+class Split(Carried):
     """Priors over parts of a model; the first pattern that matches a parameter's name decides.
 
     Attributes:
@@ -61,14 +61,9 @@ class Split:
             raise ValueError("Split needs at least one part, such as {'*': Gaussian()}")
 
     @property
-    def uplink(self) -> tuple[str, ...]:
-        """The parts'."""
-        return names_of_parts([prior.uplink for prior in self.parts.values()])
-
-    @property
-    def exact(self) -> tuple[str, ...]:
-        """The parts'."""
-        return names_of_parts([getattr(prior, "exact", ()) for prior in self.parts.values()])
+    def beside(self) -> Sequence[Any]:
+        """The parts."""
+        return tuple(self.parts.values())
 
     def bind(self, model: nn.Module, x: Tensor) -> Split:
         """The same prior for the names of a model, with its parts bound."""

@@ -21,7 +21,8 @@ class SecureSum:
         bound: the largest change of an entry before its weight, for all terms or by term: {"phi": 1.0, "gain": 1e4}.
             Terms that are not named have what the prior says of them (its `bounds`); with None all have, else 4. What
             is beyond is cut off; the records say how many clients had such a value.
-        bits: of an entry on the wire, 16, 32 or 64.
+        bits: of an entry on the wire, 16, 32 or 64. A step of 16 is a 1,600th of the bound or more for a cohort of ten:
+            terms of which most entries are far smaller (the prior's `bounds` and `precise`) need 32, or a `bound`.
         most: the largest weight; clients with more examples count as this many. Needed with weighting="examples".
     """
 
@@ -69,6 +70,11 @@ def check(algorithm: Any) -> None:
             f"codec={codec} rounds, and under secure=SecureSum(...) uploads are fixed-point integers: write "
             f"codec=Dense(), downlink={codec} and SecureSum(bits=...)"
         )
+    if wide := _wide(algorithm):
+        raise ValueError(
+            f"16 bits round most entries of {' and '.join(wide)} of {prior} to zero, as a few are far larger than the "
+            "others: write SecureSum(bits=32), or SecureSum(bound={...}) with a smaller bound for each of them"
+        )
     if algorithm.budget is not None:
         raise ValueError("budget=... plans the codec's bytes, and secure=SecureSum(...) sends others: leave one out")
     if algorithm.weighting == "examples" and secure.most == 1:
@@ -77,3 +83,12 @@ def check(algorithm: Any) -> None:
             "the largest number that a client may count for ([secure] of a TOML file), or weighting='uniform' "
             "(--weighting uniform)"
         )
+
+
+def _wide(algorithm: Any) -> list[str]:
+    """The terms that 16 bits are too few for; none under privacy, whose clip is the bound."""
+    secure, prior = algorithm.secure, algorithm.prior
+    if secure.bits != 16 or algorithm.privacy is not None or isinstance(secure.bound, float | int):
+        return []
+    told = {*getattr(prior, "bounds", {}), *getattr(prior, "precise", ())} - {*(secure.bound or {})}
+    return [term for term in prior.uplink if term in told]
