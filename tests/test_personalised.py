@@ -6,6 +6,7 @@ import re
 from pathlib import Path
 
 import pytest
+import torch
 
 import fedprior as fp
 from cli_calls import call
@@ -122,6 +123,22 @@ def test_without_held_out_examples_one_line_says_how_to_get_them(tmp_path):
     assert "before and after" not in report.write(tmp_path / "run").read_text()
     (tmp_path / "my.toml").write_text(FEDPER.replace("holdout = 0.2\n", "").replace("fedper", "fedavg"))
     assert personalised.BLIND not in call("run", tmp_path / "my.toml", "--out", tmp_path / "avg").stdout
+
+
+def test_clients_that_are_too_small_are_not_told_to_hold_out(tmp_path):
+    """1,437 images for 900 clients: one or two each."""
+    few = ["--rounds", "1", "--clients", "900", "--cohort", "3", "--partition", "iid", "--out", tmp_path]
+    shown = call("compare", "digits", "--algorithms", "fedper", *few).stdout
+    assert personalised.BLIND not in shown and "fedper" in shown
+
+
+@pytest.mark.parametrize("sizes", [(1, 2), (2, 2, 2), (3,), (1, 2, 7)], ids=str)
+def test_who_could_hold_out_does_when_asked(sizes):
+    keys = [str(i) for i, size in enumerate(sizes) for _ in range(size)]
+    some = fp.data.from_arrays(torch.zeros(len(keys), 2), torch.zeros(len(keys)).long(), keys=keys)
+    asked = fp.data.by_key(some, holdout=personalised.HOLDOUT)
+    rows = [{"client": "", "examples": size, "on": "train"} for size in sizes]
+    assert personalised.could_hold_out(rows) == any(c.held_out is not None and len(c.held_out) for c in asked)
 
 
 @pytest.mark.parametrize("name", fp.ALGORITHMS)

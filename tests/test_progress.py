@@ -1,9 +1,12 @@
-"""What a run says while it goes on."""
+"""What a run says while it goes on, and of the layers of which it removes nothing."""
+
+import sys
 
 import pytest
 
 import fedprior as fp
 from cases import classification_clients
+from fedprior import compare, config
 from fedprior.progress import left_whole
 
 CLIENTS = classification_clients((8, 9, 10))
@@ -35,6 +38,36 @@ def test_a_run_with_groups_begins_with_the_layers_that_stay_whole(algorithm, cap
 def test_a_run_without_groups_says_nothing_of_them(capsys):
     fp.run(fp.fedavg(), mlp(), CLIENTS, rounds=1, progress=True)
     assert "whole" not in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("terminal, show", [(True, None), (True, False), (False, None)])
+def test_what_comes_after_the_last_round_is_told_on_a_terminal(terminal, show, tmp_path, capsys, monkeypatch):
+    """Evaluating and adapting clients may take a minute."""
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: terminal)
+    wanted = config.parse({"run": {"rounds": 1, "cohort": 2}, "data": {"name": "digits", "clients": 2}}, tmp_path)
+    compare.execute(compare.build(wanted), tmp_path / "out", progress=show)
+    told = capsys.readouterr().err
+    for text in ("fedavg: the final model on each client", "fedavg: clients before and after they adapt"):
+        assert (text in told) == (terminal and show is None)
+
+
+SUMMARISED = [
+    (fp.fedsparse(density=0.5), "vit", True),
+    (fp.grouplasso(), "vit", True),
+    (fp.fedsparse(density=0.5), "mlp", False),
+    (fp.fedavg(), "vit", False),
+]
+
+
+@pytest.mark.parametrize(("algorithm", "name", "told"), SUMMARISED, ids=str)
+def test_a_summary_names_layers_that_stay_whole_besides_the_outputs(algorithm, name, told):
+    train, _ = fp.data.load("digits")
+    model = fp.models.vit(8, 4, 12, 3, 1, 20) if name == "vit" else fp.models.mlp(64, (6, 5), 10)
+    clients = fp.data.iid(fp.Examples(train.x[:40], train.y[:40]), 2)
+    result = fp.run(algorithm, model, clients, rounds=1, progress=False)
+    lines = result.summary().splitlines()
+    assert lines[1:] == ([f"  {left_whole(model, result.algorithm.prior)}"] if told else [])
 
 
 def test_norms_and_embeddings_are_named_with_their_kind():

@@ -102,7 +102,7 @@ def run(
         row = comparing.execute(experiment, folder, resume is not None, False if quiet else None)
     if not quiet:
         _print_rows([row])
-        _print_personalised({folder: wanted}, "holdout = 0.2 in [data]")
+        _print_personalised({folder: wanted}, f"holdout = {personalised.HOLDOUT} in [data]")
         if wanted.privacy is not None:
             _tell_privacy(folder, wanted.privacy)
     _warn(folder, row)
@@ -184,7 +184,7 @@ def _compare(wanted: list[configs.Config], place: Path, resume: bool, quiet: boo
         written = _report(place)
     if not quiet:
         _print_rows(rows)
-        _print_personalised({place / c.algorithm.name: c for c in wanted}, "--holdout 0.2")
+        _print_personalised({place / c.algorithm.name: c for c in wanted}, f"--holdout {personalised.HOLDOUT}")
     for row in rows:
         _warn(place / row["algorithm"], row)
     typer.echo(written)
@@ -257,7 +257,7 @@ def _print_rows(rows: list[Row]) -> None:
 
 
 def _print_personalised(runs: dict[Path, configs.Config], holdout: str) -> None:
-    """Clients before and after they adapt; where they have no held-out examples, how to get them if it matters."""
+    """Clients before and after they adapt; where they have no held-out examples, how to get them if that can help."""
     found = {path: personalised.read(path) for path in runs}
     rows = [row for some in found.values() for row in some]
     if rows:
@@ -272,5 +272,5 @@ def _print_personalised(runs: dict[Path, configs.Config], holdout: str) -> None:
     blind = [
         c.algorithm.name for path, c in runs.items() if not found[path] and personalised.has_own(c.make_algorithm())
     ]
-    if blind:
+    if blind and personalised.could_hold_out(json.loads((next(iter(runs)) / comparing.CLIENTS).read_text())):
         typer.echo(f"{', '.join(blind)}: {personalised.BLIND}: {holdout}")

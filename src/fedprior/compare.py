@@ -26,6 +26,7 @@ from fedprior.core import Examples, Population
 from fedprior.data.shakespeare import VOCABULARY
 from fedprior.engines import leads, named
 from fedprior.objective import Objective
+from fedprior.progress import doing
 from fedprior.records import read, write_atomically
 from fedprior.result import Result
 from fedprior.rng import generator
@@ -173,8 +174,11 @@ def execute(experiment: Experiment, folder: Path, resume: bool = False, progress
     )
     if not leads():
         return as_row(result.row())
-    write_json(folder / CLIENTS, [finite(row) for row in result.per_client(experiment.clients)])
-    personalised.write(result, experiment.clients, folder)
+    name = config.algorithm.name
+    with doing(f"{name}: the final model on each client", progress):
+        write_json(folder / CLIENTS, [finite(row) for row in result.per_client(experiment.clients)])
+    with doing(f"{name}: clients before and after they adapt", progress):
+        personalised.write(result, experiment.clients, folder)
     return finish(result, folder)
 
 

@@ -22,6 +22,7 @@ from fedprior.rows import finite, write_json
 
 PERSONALISED = "personalised.json"
 MOST = 100
+HOLDOUT = 0.2  # what BLIND advises
 BLIND = (
     "clients end with models of their own, and the numbers above are the server's model's. "
     "To see clients before and after they adapt, hold out some of their examples"
@@ -47,6 +48,15 @@ def read(folder: Path) -> list[Row]:
         return [{k: math.nan if v is None else v for k, v in row.items()} for row in rows]
     except (json.JSONDecodeError, AttributeError) as error:
         raise ValueError(f"{path} is not a list of clients: {error!r}") from error
+
+
+def could_hold_out(rows: Sequence[Row]) -> bool:
+    """Would one of the first `MOST` clients put examples aside, if asked for `HOLDOUT` of them?
+
+    Args:
+        rows: of Result.per_client, where none has.
+    """
+    return any(round(HOLDOUT * int(row["examples"])) > 0 for row in rows[:MOST])
 
 
 def score_of(rows: Sequence[Row]) -> str:

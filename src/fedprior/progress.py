@@ -1,9 +1,10 @@
-"""A progress bar with accuracy, bytes and time left."""
+"""A progress bar with accuracy, bytes and time left, and a line for what comes after it."""
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 from torch import nn
@@ -60,6 +61,27 @@ class Progress:
     def __exit__(self, *error: object) -> None:
         if self._bar is not None:
             self._bar.__exit__(None, None, None)
+
+
+@contextmanager
+def doing(text: str, show: bool | None) -> Iterator[None]:
+    """A line on stderr with the time that has gone by, as long as the work lasts, or nothing.
+
+    Args:
+        text: what is being done.
+        show: None shows it if stderr is a terminal.
+    """
+    if not (sys.stderr.isatty() if show is None else show):
+        yield
+        return
+    from rich.console import Console
+    from rich.progress import Progress as Bar
+    from rich.progress import SpinnerColumn, TextColumn, TimeElapsedColumn
+
+    columns = (SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
+    with Bar(*columns, console=Console(stderr=True), transient=True) as bar:
+        bar.add_task(text, total=None)
+        yield
 
 
 def left_whole(model: nn.Module, prior: Any) -> str:

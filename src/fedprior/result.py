@@ -13,6 +13,7 @@ from fedprior.core import Client, Eta, Examples, Params, Population
 from fedprior.metrics import Row, before_and_after, evaluate_clients
 from fedprior.objective import Objective
 from fedprior.posteriors import Predictive
+from fedprior.progress import left_whole
 from fedprior.records import Round, warning
 from fedprior.rng import generator
 from fedprior.store import ClientStore, MemoryStore
@@ -158,7 +159,7 @@ class Result:
         return f"Result({self.summary()})"
 
     def summary(self) -> str:
-        """One line for people, a second one if there is a warning; MB are 10^6 bytes."""
+        """One line for people, and one each for a warning and for layers that stay whole; MB are 10^6 bytes."""
         metrics = ", ".join(f"{k} {v:.4f}" if abs(v) < 1e4 else f"{k} {v:.1e}" for k, v in self.metrics.items())
         left = 100 * self.parameters_left / self.parameters
         line = (
@@ -167,8 +168,9 @@ class Result:
             f"{self.parameters_left:,} of {self.parameters:,} parameters left ({left:.1f} %), "
             f"{len(self.history)} rounds in {self.seconds:.1f} s"
         )
-        troubles = warning(self.history)
-        return f"{line}\n  warning: {troubles}" if troubles else line
+        troubles, whole = warning(self.history), left_whole(self.objective.model, self.algorithm.prior)
+        line += f"\n  warning: {troubles}" if troubles else ""
+        return f"{line}\n  {whole}" if ", " in whole else line  # one layer always does: that of the outputs
 
 
 def some_inputs(clients: Population, test: Examples | None) -> Tensor:
