@@ -137,7 +137,7 @@ SETTINGS = {
     "fashion": Setting(partial(fashion, 1.0), fp.models.lenet, LENET, 100, 0.2, 20, (0.05, 0.1, 0.2)),
     "skewed": Setting(partial(fashion, 0.1), fp.models.lenet, LENET, 100, 0.2, 20, (0.05, 0.1, 0.2)),
     "shakespeare": Setting(
-        shakespeare, partial(fp.models.char_transformer, 80, every=True), TRANSFORMER, 60, 0.005, 4, (0.4,)
+        shakespeare, partial(fp.models.char_transformer, 80, every=True), TRANSFORMER, 60, 0.01, 4, (0.4,)
     ),
 }
 
