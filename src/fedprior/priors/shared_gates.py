@@ -235,12 +235,8 @@ class SharedGates:
 
     def full(self, eta: Eta) -> posteriors.Gains:
         """A posterior without zeros or equal values in what is left: none is longer on the wire."""
-
-        def counted(value: Tensor) -> Tensor:
-            return torch.ones_like(value).flatten().cumsum(0).view_as(value)
-
         weighs = not self.settled(eta)
-        return posteriors.Gains(tree.map(counted, eta.mean), tree.map(lambda g: weighs * counted(g), eta.gain))
+        return posteriors.Gains(tree.counted(eta.mean), tree.map(lambda g: weighs * g, tree.counted(eta.gain)))
 
     def live(self, eta: Eta) -> int:
         """How many parameters are left."""
