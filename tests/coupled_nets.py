@@ -101,6 +101,13 @@ READS: dict[str, Callable[[Any, Tensor], Tensor]] = {
     "last state": lambda lstm, h: lstm(h)[1][0][-1],
     "packed": packed,
     "cell": step_by_step,
+    "two directions": lambda lstm, h: lstm(input=h)[0],
+    "a projection": lambda lstm, h: lstm(h)[1][0][-1],
+}
+LSTMS: dict[str, Callable[[], nn.Module]] = {
+    "cell": lambda: nn.LSTMCell(4, 6),
+    "two directions": lambda: nn.LSTM(4, 3, batch_first=True, bidirectional=True),
+    "a projection": lambda: nn.LSTM(4, 9, batch_first=True, proj_size=6),
 }
 
 
@@ -111,7 +118,7 @@ class CharLSTM(nn.Module):
         super().__init__()
         self.reads, self.embedding = reads, nn.Embedding(8, 4)
         self.before = hidden_layer(4, 5, 4) if hidden else nn.Identity()
-        self.lstm = nn.LSTMCell(4, 6) if reads == "cell" else nn.LSTM(4, 6, batch_first=True)
+        self.lstm: Any = LSTMS.get(reads, lambda: nn.LSTM(4, 6, batch_first=True))()
         self.head = hidden_layer(6, 8, 8) if hidden else nn.Linear(6, 8)
 
     def forward(self, x: Tensor) -> Tensor:

@@ -270,16 +270,16 @@ def test_folders_that_cannot_be_exported(compared: Path, tmp_path: Path) -> None
     fp.export(again, tmp_path / "library.safetensors")
 
 
-CHANGED = {
-    "rounds = 2": ("rounds = 3", "has 2 of 3 rounds; to finish it: fedprior run"),
-    "hidden = [64]": ("hidden = [65]", "is not of the model and algorithm in its run.toml"),
-}
+CHANGED = [
+    ("rounds = 2", "rounds = 3", "has 2 of 3 rounds; to finish it: fedprior run"),
+    *[("hidden = [64]", f"hidden = {new}", "is not of the model and algorithm in") for new in ([65], [9], [64, 8])],
+]
 
 
-@pytest.mark.parametrize("old", CHANGED)
-def test_a_run_that_does_not_fit_its_toml(compared: Path, old: str, tmp_path: Path) -> None:
-    new, text = CHANGED[old]
-    for path in (compared / "fedavg").iterdir():
+@pytest.mark.parametrize(("old", "new", "text"), CHANGED)
+@pytest.mark.parametrize("name", ["fedavg", "sized"])
+def test_a_run_not_of_its_toml(compared: Path, name: str, old: str, new: str, text: str, tmp_path: Path) -> None:
+    for path in (compared / name).iterdir():
         if path.is_file():
             (tmp_path / path.name).write_bytes(path.read_bytes())
     toml = tmp_path / "run.toml"

@@ -11,8 +11,8 @@ import torch
 
 import fedprior as fp
 from cases import classification_clients, equal
-from fedprior import Client, Examples, inference, posteriors, priors
-from fedprior.codecs import Dense, Sparse
+from fedprior import Client, Examples, Stats, inference, posteriors, priors
+from fedprior.codecs import Dense, PayloadError, Sparse
 from wire import with_body, with_field
 
 SIZES, VICTIM = (4, 9, 7, 5), 2
@@ -85,6 +85,23 @@ def test_a_client_whose_training_diverged() -> None:
         assert "not finite" in result.history[0].lost()[0].reason
         well = [c for c in clients if c.index != 1]
         assert equal(result.params, fp.run(algorithm, model, well, rounds=1).params)
+
+
+@pytest.mark.parametrize("clients", [1.0, 3.0, 40.0])
+def test_gains_are_bounded_for_each_client_that_an_upload_stands_for(clients: float) -> None:
+    """Between 0 and 10^9 nats, which no E-step finds: one upload cannot decide on all gates for ever."""
+    model = fp.models.mlp(4, (5,), 3)
+    prior = priors.SharedGates(0.5, 1.0, 4, hold=0).bind(model, torch.zeros(1, 4))
+    eta = prior.init({k: p.detach() for k, p in model.named_parameters()})
+
+    def sent(gain: float) -> Stats:
+        return Stats({"phi": eta.mean, "gain": {g: v + gain for g, v in eta.gain.items()}}).weighted(clients)
+
+    for fine in (0.0, 1e9):
+        assert prior.accept(eta, sent(fine)).clients == clients
+    for bad in (-1e-9, 1.001e9):
+        with pytest.raises(PayloadError, match="gains are nats between 0 and"):
+            prior.accept(eta, sent(bad))
 
 
 @pytest.mark.parametrize("make", [fp.fedavg, fp.fedadam, partial(fp.fedsparse, density=0.5), fp.topk])

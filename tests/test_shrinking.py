@@ -19,6 +19,7 @@ from fedprior.objective import Objective
 from fedprior.priors.parts import part_etas
 from fedprior.privacy.layout import kept
 from fedprior.rng import generator
+from fedprior.shrinking import between
 
 PARAMS = Objective(CONV).params()
 ROUNDS = 5
@@ -130,13 +131,16 @@ def bad_payloads() -> dict[str, bytes]:
     eta = etas(algorithm)[2]
     good = wire.encode_eta(algorithm, eta)
     (length,) = struct.unpack_from("<I", good)
+    group = next(iter(eta.keep))
 
     def with_gates(z: Any) -> bytes:
-        group = next(iter(eta.keep))
         index = {k: v for k, v in tree.flatten(eta).items() if k.startswith("keep/")}
         first = algorithm.codec.encode(index | {f"keep/{group}": z(eta.keep[group])}, 0.0)
         return struct.pack("<I", len(first)) + first + good[4 + length :]
 
+    closed = eta.keep | {group: torch.zeros_like(eta.keep[group])}
+    cut = between(algorithm.prior.groups, eta.keep, closed)  # type: ignore[attr-defined]
+    nothing = eta._replace(mean=cut.gather(eta.mean), keep=closed, gain=eta.gain | {group: eta.gain[group][:0]})
     return {
         "empty": b"",
         "three bytes": good[:3],
@@ -149,7 +153,7 @@ def bad_payloads() -> dict[str, bytes]:
         "an endless index": struct.pack("<I", 2**32 - 1) + good[4:],
         "half a gate": with_gates(lambda z: 0.5 * z),
         "a negative gate": with_gates(lambda z: -z),
-        "no gate open": with_gates(torch.zeros_like),
+        "no gate open": wire.encode_eta(algorithm, nothing),
         "other gates": with_gates(torch.ones_like),
     }
 

@@ -159,6 +159,18 @@ def test_gradients_are_those_of_the_masked_model(name: str) -> None:
     assert all(torch.allclose(g, want[k], atol=1e-10, rtol=0) for k, g in gradients[1].items())
 
 
+def test_cuts_of_equally_many_units_are_told_apart() -> None:
+    """The newest slim model is remembered, and knows what it was made by."""
+    model, _, cut, _ = setting("mlp")
+    objective, most = Objective(model), {g.name: range(g.units) for g in cut.groups}
+    cuts = [Cut(cut.groups, {g: tuple(u)[g == closed :] for g, u in most.items()}) for closed in most]
+    made = [objective.cut(one) for one in (*cuts, *cuts[1:], cut)]
+    assert made[1] is made[2] and len({one.removed for one in cuts}) == 1
+    for one, small in zip((*cuts, *cuts[1:], cut), made, strict=True):
+        assert small.made_by == one
+        assert tree.size(small.params()) == tree.size(one.gather(objective.params()))
+
+
 @pytest.mark.parametrize("name", ["conv", "batch norm"])
 def test_an_e_step_trains_only_what_is_left(name: str) -> None:
     model, x, cut, params = setting(name)
@@ -197,10 +209,8 @@ def test_what_stays_dense() -> None:
     assert {g.name: g.units for g in groups} == {"blocks.0.attention.value": 3, "blocks.0.first": 10}
     whole = {"embedding", "positions", "blocks.0.norm1", "blocks.0.norm2", "norm", "head"}
     assert {m.name.rpartition(".")[0] for g in groups for m in g.members}.isdisjoint(whole)
-    dense = {
-        gru_net(): ["embedding.0", "embedding.1.2", "gru", "head.2"],
-        CharLSTM(): ["embedding", "before.2", "lstm", "head.2"],
-    }
+    dense = {gru_net(): ["embedding.0", "embedding.1.2", "gru", "head.2"]}
+    dense |= {CharLSTM(reads): ["embedding", "before.2", "lstm", "head.2"] for reads in READS}
     for model, whole in dense.items():
         assert structure.dense_layers(model, structure.groups(model, x)) == whole
 

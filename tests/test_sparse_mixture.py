@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -13,7 +14,7 @@ from torch import nn
 
 import fedprior as fp
 from cases import classification_clients, close, equal, pooled
-from fedprior import Client, Examples, inference, posteriors, priors, tree, wire
+from fedprior import Client, Examples, inference, posteriors, priors, server, tree, wire
 from fedprior.codecs import PayloadError, Sparse, schema_of
 from fedprior.codecs.frame import HEADER_BYTES
 from fedprior.core import Stats
@@ -97,6 +98,20 @@ def test_one_component_is_fedsparse() -> None:
     a, b = (fp.run(algorithm, MODEL, CLIENTS, rounds=6, cohort=4) for algorithm in (made, plain))
     assert equal(tree.flatten(part_etas(a.eta)[0]), tree.flatten(b.eta))
     assert a.parameters_left == b.parameters_left < 0.5 * a.parameters
+
+
+def test_layers_may_be_called_as_components_are() -> None:
+    """The same bits, momentum included, whatever their names are."""
+    names = {"0": "part1_mean", "1": "part0_keep", "2": "part0_gain"}
+    fields = {"rounds": 8, "engine": fp.engines.Sequential(1)}
+    algorithm = sparse(priors.SparseMixture(2, replace(GATES, hold=2), spread=0.3, seed=3), server=server.Adam(0.1))
+    plain, named = (
+        fp.run(algorithm, model, PLANTED, **fields)
+        for model in (net(), nn.Sequential(OrderedDict((names[k], v) for k, v in net().named_children())))
+    )
+    assert masks(plain)[0] != masks(plain)[1] and plain.parameters_left < plain.parameters
+    for mine, other in zip(tree.flatten(plain.eta).values(), tree.flatten(named.eta).values(), strict=True):
+        assert torch.equal(mine, other)
 
 
 def test_at_a_density_of_one_it_is_ifca() -> None:

@@ -7,9 +7,11 @@ from pathlib import Path
 
 from fedprior import checkpoint, tree, wire
 from fedprior import config as configs
-from fedprior.codecs import schema_of
+from fedprior.algorithm import Algorithm
+from fedprior.codecs import PayloadError, schema_of
 from fedprior.compare import TOML, build, holds_run, planned
 from fedprior.config import Config
+from fedprior.core import Eta, Params
 from fedprior.objective import Objective
 from fedprior.records import read
 from fedprior.result import Result, some_inputs
@@ -38,12 +40,20 @@ def load(folder: Path) -> tuple[Result, Config]:
     objective = Objective(experiment.model, experiment.loss)
     algorithm = planned(experiment, objective)
     like, _ = algorithm.start(objective.params())
-    if dict(schema_of(tree.flatten(wire.sized(algorithm, like, saved.eta)))) != dict(schema_of(saved.eta)):
+    if not _fits(algorithm, like, saved.eta):
         raise ValueError(f"the checkpoint in {folder} is not of the model and algorithm in its {TOML}")
     inputs = some_inputs(experiment.clients, experiment.test)
     store = DiskStore(folder / STATES)
     result = Result(algorithm, objective, tree.unflatten(like, saved.eta), read(folder / RECORDS), inputs, store)
     return result, config
+
+
+def _fits(algorithm: Algorithm, like: Eta, saved: Params) -> bool:
+    """Has the saved eta, flat, the shapes of one of this model?"""
+    try:
+        return schema_of(tree.flatten(wire.sized(algorithm, like, saved))) == schema_of(saved)
+    except PayloadError:
+        return False
 
 
 def _config(folder: Path) -> Config:

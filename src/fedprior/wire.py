@@ -72,8 +72,13 @@ def _index(algorithm: Algorithm, message: Params) -> Params:
 
 
 def sized(algorithm: Algorithm, like: Eta, message: Params) -> Eta:
-    """An eta in the shapes that the index in a flat eta asks for: `like` itself, if shapes stay."""
+    """An eta in the shapes that the index in a flat eta asks for: `like` itself, if shapes stay.
+
+    A PayloadError for the index of another model.
+    """
     prior, index = cast(Any, algorithm.prior), _index(algorithm, message)
+    if schema_of(index) != schema_of(_index(algorithm, tree.flatten(like))):
+        raise PayloadError(f"{', '.join(index) or 'nothing'}: not the index of this model")
     return prior.sized(like, index) if index else like
 
 

@@ -73,13 +73,14 @@ class SparseMixture(Mixture):
 
     def sized(self, like: Eta, index: Params) -> Eta:
         """An eta without values, in the shapes that these gates leave of each component."""
-        of = [{key.replace(f"part{k}_", ""): z for key, z in index.items()} for k in range(self.components)]
+        of = [{key.removeprefix(f"part{k}_"): z for key, z in index.items()} for k in range(self.components)]
         return join_etas([self.prior.sized(*part) for part in zip(part_etas(like), of, strict=True)], share=like.share)
 
     def follow(self, before: Eta, after: Eta, state: Params) -> Params:
         """Each component's of the server step's state."""
         for k, parts in enumerate(zip(part_etas(before), part_etas(after), strict=True)):
-            state = state | self.prior.follow(*parts, {key: v for key, v in state.items() if f"part{k}_" in key})
+            own = {key: v for key, v in state.items() if f"part{k}_" in key.rpartition("/")[0]}
+            state = state | self.prior.follow(*parts, own)
         return state
 
     def accept(self, eta: Eta, t: Stats) -> Stats:
