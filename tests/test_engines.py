@@ -216,7 +216,7 @@ def test_a_stacked_engine_looks_at_each_run_anew_and_tells_where_it_failed() -> 
     fp.run(FEDAVG, fp.models.mlp(4, (6,), 3), CLIENTS, on_round=other, **fields)
     empty = replace(CLIENTS[3], train=CLIENTS[3].train.take(torch.tensor([], dtype=torch.int64)))
     with pytest.raises(ValueError, match="'client-3' has no training examples") as caught:
-        go(FEDAVG, [*CLIENTS[:3], empty, *CLIENTS[4:]])
+        go(FEDAVG, fp.data.LazyPopulation(7, [*CLIENTS[:3], empty, *CLIENTS[4:]].__getitem__))
     assert any(note.startswith("in round 1, clients ") for note in caught.value.__notes__)
 
 

@@ -142,4 +142,4 @@ def test_an_error_in_a_client_names_round_client_and_seed() -> None:
     assert error.value.__notes__ == ["in round 1, client 'odd one' (index 1), seed 7"]
     empty = [clients[0], Client(1, "empty", Examples(torch.zeros(0, 4), torch.zeros(0, dtype=torch.int64)))]
     with pytest.raises(ValueError, match=r"client 'empty' has no training examples"):
-        fp.run(fp.fedavg(), model, empty, rounds=1)
+        fp.run(fp.fedavg(), model, fp.data.LazyPopulation(2, empty.__getitem__), rounds=1)

@@ -14,7 +14,7 @@ from coupled_nets import READS, Beside, Branches, CharLSTM, OneLayerBlock, Resid
 from fedprior import inference, priors, structure, tree
 from fedprior.objective import Objective
 from fedprior.rng import generator
-from fedprior.slim import Cut, slim
+from fedprior.slim import Cut, removable, slim
 
 
 def depthwise_net() -> nn.Module:
@@ -218,3 +218,51 @@ def test_what_stays_dense() -> None:
 def test_units_of_a_group_norm_are_whole_norm_groups() -> None:
     net = depthwise_net()
     assert [g.units for g in structure.groups(net, torch.zeros(1, 1, 8, 8))] == [3, 4]
+
+
+class Fixed(nn.Module):
+    """An image's values in a row of 5 x 36, whatever the convolution gives."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.hidden, self.head = nn.Conv2d(1, 5, 3), nn.Linear(180, 6), nn.Linear(6, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.hidden(self.conv(x).relu().view(-1, 180)).relu())
+
+
+class Fused(nn.Module):
+    """Attention with one layer for queries, keys and values, and two heads; a hidden layer behind it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.three, self.out, self.hidden, self.head = (nn.Linear(8, n) for n in (24, 8, 8, 3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = self.three(x).reshape(len(x), -1, 3, 2, 4).permute(2, 0, 3, 1, 4)
+        mixed = nn.functional.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+        return self.head(self.hidden(self.out(mixed).mean(1)).relu())
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_models_that_ask_their_layers_lose_any_unit(name: str) -> None:
+    model, x, _, _ = setting(name)
+    before = Objective(model).params()
+    assert removable(model, x) == structure.groups(model, x)
+    assert all(torch.equal(v, before[k]) for k, v in Objective(model).params().items())
+
+
+TAKERS = {
+    "fedsparse": lambda model, x: priors.SharedGates(0.5).bind(model, x),
+    "fedsparse, a price": lambda model, x: priors.SpikeSlab(0.01).bind(model, x),
+    "federated dropout": lambda model, x: priors.Dropout(0.5).bind(model, x),
+    "group lasso": lambda model, x: priors.GroupLasso(0.1).bind(model, x),
+    "pruning": lambda model, x: fp.prune(model, 0.5, x),
+}
+
+
+@pytest.mark.parametrize("taker", TAKERS)
+def test_a_width_in_the_forward_is_refused_before_anything_is_cut(taker: str) -> None:
+    for model, layer, shape in ((Fixed(), "conv", (2, 1, 8, 8)), (Fused(), "three", (2, 5, 8))):
+        with pytest.raises(ValueError, match=rf"'{layer}' cannot be removed: .* invalid for input.*write x.flatten"):
+            TAKERS[taker](model, torch.zeros(shape))

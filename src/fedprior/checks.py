@@ -7,12 +7,13 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from fedprior import tree
 from fedprior.algorithm import Algorithm
 from fedprior.cohort import Availability
 from fedprior.core import Client, Examples
+from fedprior.data.population import Partition
 from fedprior.losses import LOSSES
 from fedprior.objective import Objective
 
@@ -68,23 +69,61 @@ def check_clients(clients: Any) -> None:
 
 
 def check_fit(objective: Objective, clients: Any, test: Examples | None, device: str) -> None:
-    """Try the first client's examples and the test set on the model and its loss."""
+    """Try the first client's examples and the test set on the model and its loss; all clients have examples, labels."""
     if not objective.trainable:
         raise ValueError("the model has no parameter that requires a gradient: there is nothing to train")
-    for name, data in (("the first client's examples", clients[0].train), ("the test examples", test)):
-        if data is not None:
-            if len(data) == 0:
-                raise ValueError(f"{name} are empty")
-            _check_examples(objective, name, data, device)
+    _check_sizes_of_clients(clients)
+    classes = _check_examples(objective, "the first client's examples", clients[0].train, device)
+    if classes is not None:
+        _check_labels_of_clients(clients, classes)
+    if test is not None:
+        if len(test) == 0:
+            raise ValueError("the test examples are empty")
+        _check_examples(objective, "the test examples", test, device)
+        if bad := int((~torch.isfinite(test.x)).sum()):
+            raise ValueError(f"x of the test examples has {bad} NaN or infinite values: drop or fill them first")
 
 
-def _check_examples(objective: Objective, name: str, data: Examples, device: str) -> None:
+def _check_sizes_of_clients(clients: Any) -> None:
+    """No client is empty, as far as that can be seen without making one."""
+    if isinstance(clients, Partition):
+        empty = [clients.name(i) for i in (clients.offsets.diff() == 0).nonzero().flatten().tolist()]
+    else:
+        known = clients if isinstance(clients, list | tuple) else [clients[0]]
+        empty = [client.name for client in known if len(client.train) == 0]
+    if empty:
+        raise ValueError(
+            f"{len(empty)} of {len(clients)} clients have no training examples, the first is {empty[0]!r}: leave them "
+            "out, clients=[c for c in clients if len(c.train)]"
+        )
+
+
+def _check_labels_of_clients(clients: Any, classes: int) -> None:
+    """Labels are classes of the model's, as far as that can be seen without making a client."""
+    if isinstance(clients, Partition):
+        y = clients.examples.y[clients.index]
+        wrong = ((y < 0) | (y >= classes)).reshape(len(y), -1).any(1).nonzero()[:1, 0].cpu()
+        owners = (torch.bucketize(wrong, clients.offsets, right=True) - 1).tolist()
+        seen = [(clients.name(i), y[clients.offsets[i] : clients.offsets[i + 1]]) for i in owners]
+    else:
+        seen = [(c.name, c.train.y) for c in clients] if isinstance(clients, list | tuple) else []
+    for name, labels in seen:
+        _check_labels(f"client {name!r}", labels, classes)
+
+
+def _check_examples(objective: Objective, name: str, data: Examples, device: str) -> int | None:
+    """How many classes the model knows; None if it does not classify."""
     objective.train(False)
     x, y = data.x[:2].to(device), data.y[:2].to(device)
+    named = any(objective.loss is loss for loss in LOSSES.values())
     try:
         with torch.no_grad():
-            outputs = objective.outputs(objective.params(), x)
-            _check_labels(objective, name, data, outputs)
+            outputs = objective.model(x)
+            if named and not isinstance(outputs, Tensor):
+                raise TypeError(f"the model must give one tensor, and gives a {type(outputs).__name__}")
+            classifies = objective.loss is LOSSES["classification"] and not data.y.is_floating_point()
+            if classifies:
+                _check_labels(name, data.y, outputs.shape[-1])
             values = objective.loss.log_lik(outputs, y)
     except LabelError:
         raise
@@ -98,19 +137,17 @@ def _check_examples(objective: Objective, name: str, data: Examples, device: str
             f"the loss must give one log-likelihood per example, shape ({len(x)},); it gave {tuple(values.shape)} "
             "(PyTorch's losses need reduction='none' and a minus sign)"
         )
+    return outputs.shape[-1] if classifies else None
 
 
 class LabelError(ValueError):
     """Labels that are no class of the model's."""
 
 
-def _check_labels(objective: Objective, name: str, data: Examples, outputs: Any) -> None:
-    if objective.loss is LOSSES["classification"] and not data.y.is_floating_point():
-        low, high = int(data.y.min()), int(data.y.max())
-        if low < 0 or high >= outputs.shape[-1]:
-            raise LabelError(
-                f"the labels of {name} run from {low} to {high}, and the model has {outputs.shape[-1]} outputs"
-            )
+def _check_labels(name: str, y: Tensor, classes: int) -> None:
+    low, high = int(y.min()), int(y.max())
+    if low < 0 or high >= classes:
+        raise LabelError(f"the labels of {name} run from {low} to {high}, and the model has {classes} outputs")
 
 
 def identity(clients: Any) -> str:

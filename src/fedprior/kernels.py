@@ -23,6 +23,9 @@ and dx adds up dS over j. Examples are last, so that a row of the whole batch is
 norms, where only images of one channel are done so, each example has patches and a product of its own.
 **Max-pooling** of what they give is PyTorch's of a volume whose channels are last: examples take their part. **Flat**
 values stay in that order.
+
+A `forward` of the user's own may ask what these layers give for a view, x.view(len(x), -1), which there is in PyTorch's
+order of memory alone: it gets a copy in that order (`Views`).
 """
 
 from __future__ import annotations
@@ -36,11 +39,36 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
+from torch.overrides import TorchFunctionMode
 
 _NORMS = (nn.GroupNorm, nn.modules.batchnorm._NormBase)
 _BLOCK = 16  # PyTorch computes convolutions in blocks of so many channels and filters, whether they are there or not
 # values in the patches of a batch above which PyTorch is faster, and where its blocks are half empty
 _MOST, _MOST_OF_FEW = 750_000, 8_000_000
+
+
+class Views(TorchFunctionMode):
+    """While it is entered, `view` and `view_as` copy what has no such view in its order of memory.
+
+    Attributes:
+        asked: for any view, since it was made.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.asked = False
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Run; a view that there is in no order of memory is refused in PyTorch's words."""
+        if func is Tensor.view or func is Tensor.view_as:
+            self.asked = True
+            try:
+                return func(*args, **(kwargs or {}))
+            except RuntimeError:
+                if args[0].is_contiguous():
+                    raise
+            args = (args[0].contiguous(), *args[1:])
+        return func(*args, **(kwargs or {}))
 
 
 def faster(model: nn.Module) -> list[tuple[nn.Module, Callable[..., Any]]]:
@@ -161,7 +189,7 @@ class _Grey(torch.autograd.Function):
         ctx.save_for_backward(patches)
         ctx.size = w.shape
         y = w.flatten(1) @ patches if b is None else torch.add(w.flatten(1) @ patches, b[:, None])
-        return y.view(len(x), len(w), *windows.shape[1:3])
+        return y.reshape(len(x), len(w), *windows.shape[1:3])
 
     @staticmethod
     @once_differentiable
@@ -186,7 +214,7 @@ class _Products(torch.autograd.Function):
         ctx.stride, ctx.padding, ctx.size, ctx.padded, ctx.strips = stride, padding, w.shape, padded.shape, strips.shape
         every = weights.expand(places[0], -1, -1)
         y = torch.bmm(every, seen) if b is None else torch.baddbmm(b[:, None], every, seen)
-        return y.view(places[0], len(w), places[1], -1).permute(3, 1, 0, 2)
+        return y.reshape(places[0], len(w), places[1], -1).permute(3, 1, 0, 2)
 
     @staticmethod
     @once_differentiable
@@ -229,7 +257,7 @@ class _GRU(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, w_i: Tensor, w_h: Tensor, b_i: Tensor, b_h: Tensor) -> Tensor:
         steps, batch, width = *x.shape[:2], w_h.shape[1]
-        gates = torch.addmm(b_i, x.flatten(0, 1), w_i.t()).view(steps, batch, 3 * width)
+        gates = torch.addmm(b_i, x.flatten(0, 1), w_i.t()).reshape(steps, batch, 3 * width)
         g, states = torch.empty_like(gates), gates.new_zeros(steps + 1, batch, width)
         for c_t, g_t, h, out in zip(gates, g, states[:-1], states[1:], strict=True):
             torch.addmm(b_h, h, w_h.t(), out=g_t)

@@ -18,10 +18,10 @@ import torch
 from torch import Tensor, nn
 
 from fedprior.core import Params
-from fedprior.kernels import faster
+from fedprior.kernels import Views, faster
 from fedprior.losses import LOSSES, Loss, PerExample, as_loss
 from fedprior.posteriors import Predictive
-from fedprior.recorded import Function, Programs, may_be_recorded
+from fedprior.recorded import OWN, Function, Programs, may_be_recorded
 from fedprior.slim import Cut, slim
 
 
@@ -61,6 +61,8 @@ class Objective:
         self.made_by: Cut | None = None
         self._held: Params | None = None
         self._recorded: dict[str, Programs] = {}
+        foreign = not all(type(m).__module__.startswith(OWN) for m in self.model.modules())
+        self._views = Views() if foreign and any(p.ndim == 4 for p in self.model.parameters()) else None
         self.train(self.model.training)
 
     def params(self) -> Params:
@@ -127,6 +129,15 @@ class Objective:
 
     def outputs(self, phi: Params, x: Tensor) -> Tensor:
         """f(x; phi). In training mode the buffers in `phi` are updated in place."""
+        if self._views is None:
+            return self._called(phi, x)
+        with self._views:
+            outputs = self._called(phi, x)
+        if not self._views.asked:  # by its first call, nor by any other: each operation takes longer within
+            self._views = None
+        return outputs
+
+    def _called(self, phi: Params, x: Tensor) -> Tensor:
         if phi is self._held:
             return self.model(x)
         return torch.func.functional_call(self.model, {**phi, **self._counting}, (x,))

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from fedprior import structure, tree
 from fedprior.core import Params
-from fedprior.slim import Cut, slim
+from fedprior.slim import Cut, removable, slim
 from fedprior.structure import Group
 
 Ranking = Sequence[tuple[str, int]]
@@ -40,7 +40,7 @@ def prune(model: nn.Module, density: float, x: Tensor) -> nn.Module:
     """
     if not 0 < density <= 1:
         raise ValueError(f"density must be in (0, 1], a fraction of the parameters; got {density}")
-    groups = structure.groups(model, x)
+    groups = removable(model, x)
     params = {name: p.detach() for name, p in model.named_parameters()}
     order, count = weakest_first(groups, params), tree.size(params)
 

@@ -16,6 +16,7 @@ from functools import cached_property
 import torch
 from torch import Tensor, nn
 
+from fedprior import structure
 from fedprior.core import Params
 from fedprior.structure import Group, Member
 
@@ -107,6 +108,39 @@ class Cut:
             shape[dim] = self._sizes[name, dim]
             full[name] = full[name].new_zeros(shape).index_copy(dim, index.to(full[name].device), full[name])
         return full
+
+
+def removable(model: nn.Module, x: Tensor) -> tuple[Group, ...]:
+    """The groups of structure.py, of a model that has been tried without one unit of each.
+
+    Args:
+        model: as in structure.groups.
+        x: example inputs, shape (n, ...); one is used.
+
+    Raises:
+        ValueError: for a `forward` that hard-codes a width, and as structure.groups.
+    """
+    found = structure.groups(model, x)
+    if not _why_not(model, found, found, x):
+        return found
+    named = next((g.name for g in found if _why_not(model, found, [g], x)), found[0].name)
+    raise ValueError(
+        f"units of {named!r} cannot be removed: without one, {type(model).__name__} fails: "
+        f"{_why_not(model, found, found, x)}. Its forward hard-codes a width: write x.flatten(1) for x.view(-1, 800), "
+        "attention as in docs/fedsparse.md, or use a dense prior such as Gaussian"
+    )
+
+
+def _why_not(model: nn.Module, groups: tuple[Group, ...], fewer: Sequence[Group], x: Tensor) -> str:
+    """What goes wrong in the model without the last unit of each of `fewer`; empty if nothing does."""
+    names = {g.name for g in fewer}
+    small = slim(model, Cut(groups, {g.name: tuple(range(g.units - (g.name in names))) for g in groups})).eval()
+    try:
+        with torch.no_grad(), torch.random.fork_rng(devices=[]):
+            small(x[:1])
+    except Exception as error:  # whatever a forward of the user's raises
+        return str(error).splitlines()[0] if str(error) else type(error).__name__
+    return ""
 
 
 def slim(model: nn.Module, cut: Cut) -> nn.Module:

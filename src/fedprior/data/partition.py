@@ -81,6 +81,7 @@ def shards(
 def by_key(examples: Examples, keys: Sequence[object] | None = None, seed: int = 0, holdout: float = 0.0) -> Partition:
     """One client per key (default: `examples.keys`), named by it, in the sorted order of keys."""
     rng = _generator(seed, 3)
+    _check(examples, 1, 1)
     owners = examples.keys if keys is None else keys
     if owners is None:
         raise ValueError("no keys: give by_key(keys=[...]), one per example, or from_csv(client=...)")
@@ -118,7 +119,7 @@ def _shares(totals: np.ndarray, clients: int, alpha: float, min_examples: int, r
             return counts
     raise ValueError(
         f"no draw of {_DRAWS} at alpha={alpha} gave each of {clients} clients {min_examples} "
-        "examples; take fewer clients, a larger alpha, or min_examples=0 (clients may be empty)"
+        "examples; take fewer clients, a larger alpha, or min_examples=0, and leave the empty clients out of the run"
     )
 
 
@@ -134,6 +135,11 @@ def _labels(examples: Examples, scheme: str) -> np.ndarray:
 
 
 def _check(examples: Examples, clients: int, needed: int) -> None:
+    if not isinstance(examples, Examples):
+        raise TypeError(
+            "examples must be fedprior.Examples, such as fedprior.data.from_arrays(x, y); "
+            f"got {type(examples).__name__}"
+        )
     if clients < 1:
         raise ValueError(f"a partition needs at least 1 client, got clients={clients}")
     if needed > len(examples):

@@ -38,7 +38,7 @@ from torch import Tensor, nn
 from fedprior import posteriors, structure, tree
 from fedprior.codecs import PayloadError
 from fedprior.core import Params, Stats
-from fedprior.slim import Cut
+from fedprior.slim import Cut, removable
 from fedprior.structure import Group
 
 
@@ -69,7 +69,7 @@ class Dropout:
 
     def bind(self, model: nn.Module, x: Tensor) -> Dropout:
         """The same prior with the groups of a model."""
-        return self if self.groups else replace(self, groups=structure.groups(model, x))
+        return self if self.groups else replace(self, groups=removable(model, x))
 
     def init(self, params: Params) -> Eta:
         """The weights whose `point` is `params`."""

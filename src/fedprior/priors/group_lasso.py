@@ -29,7 +29,7 @@ from torch import Tensor, nn
 from fedprior import posteriors, structure, tree
 from fedprior.core import Params, Stats
 from fedprior.priors.gaussian import Gaussian
-from fedprior.slim import Cut
+from fedprior.slim import Cut, removable
 from fedprior.structure import Group
 
 
@@ -66,7 +66,7 @@ class GroupLasso:
 
     def bind(self, model: nn.Module, x: Tensor) -> GroupLasso:
         """The same prior with the groups of a model."""
-        return self if self.groups else replace(self, groups=structure.groups(model, x))
+        return self if self.groups else replace(self, groups=removable(model, x))
 
     def init(self, params: Params) -> Eta:
         """Start at the model's initial parameters, with all units."""

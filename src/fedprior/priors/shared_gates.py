@@ -42,7 +42,7 @@ from fedprior import posteriors, selection, shrinking, structure, tree
 from fedprior.codecs import PayloadError
 from fedprior.core import Params, Stats
 from fedprior.priors.gaussian import Gaussian
-from fedprior.slim import Cut
+from fedprior.slim import Cut, removable
 from fedprior.structure import Group
 
 _WIDER, _HOLD, _MOST = 1.55, 0.45, 1e9
@@ -123,7 +123,7 @@ class SharedGates:
         if self.groups:
             return self
         counted = {name: tuple(p.shape) for name, p in model.named_parameters()}
-        groups = structure.groups(model, x)
+        groups = removable(model, x)
         made = selection.activations(groups, model, x)
         share = self.activations / sum(float(a.sum()) for a in made.values())
         made = tree.map(lambda a: share * a, made)

@@ -29,7 +29,7 @@ from torch import Tensor, nn
 
 from fedprior import gates, structure, tree
 from fedprior.core import Params, Stats
-from fedprior.slim import Cut
+from fedprior.slim import Cut, removable
 from fedprior.structure import Group
 
 _TINY = 1e-12
@@ -78,7 +78,7 @@ class SpikeSlab:
 
     def bind(self, model: nn.Module, x: Tensor) -> SpikeSlab:
         """The same prior with the groups of a model."""
-        return self if self.groups else replace(self, groups=structure.groups(model, x))
+        return self if self.groups else replace(self, groups=removable(model, x))
 
     def init(self, params: Params) -> Eta:
         """All units alive with probability `keep`."""
