@@ -80,19 +80,21 @@ def test_the_gain_is_what_closing_the_unit_costs() -> None:
 
 @pytest.mark.parametrize("batch_size", [None, 2, 3, 20])
 def test_a_batch_counts_with_its_examples(batch_size: int | None) -> None:
-    """N/2 times the mean over batches of B (dL/dz)^2, by a plain loop; the last batch is smaller, or there is one."""
+    """N/2 times the mean over batches of B (dL/dz)^2, each before its step; the last batch is smaller, or the one."""
     model, client = gaussian_client(5)
     prior, objective = shared().bind(model, client.train.x), Objective(model, "regression")
     eta, rng = prior.init(objective.params()), generator(1, "e")
-    q, _ = inference.Gains(1e-12, 1, batch_size).e_step(objective, prior, eta, client, None, generator(1, "e"))
+    q, _ = inference.Gains(0.1, 2, batch_size).e_step(objective, prior, eta, client, None, generator(1, "e"))
     torch.randint(2**62, (), generator=rng)  # the seed that is lent to dropout
-    terms = []
-    for index in torch.randperm(5, generator=rng).split(batch_size or 5):
-        z = {g: torch.ones_like(v).requires_grad_() for g, v in eta.keep.items()}
-        phi = structure.close_gates(prior.groups, z, eta.mean)
-        (slope,) = torch.autograd.grad(objective.log_lik(phi, client.train.x[index], client.train.y[index]), z.values())
+    terms, w = [], eta.mean
+    for index in (i for _ in range(2) for i in torch.randperm(5, generator=rng).split(batch_size or 5)):
+        leaf = {k: v.detach().requires_grad_() for k, v in [("z", torch.ones_like(q.gain["0"])), *w.items()]}
+        phi = structure.close_gates(prior.groups, {"0": leaf["z"]}, leaf)
+        value = objective.log_lik({k: phi[k] for k in w}, client.train.x[index], client.train.y[index])
+        slope, *grads = torch.autograd.grad(value, list(leaf.values()))
         terms.append(len(index) * slope**2)
-    assert torch.allclose(q.gain[prior.groups[0].name], 2.5 * torch.stack(terms).mean(0), rtol=1e-6)
+        w = {k: v + 0.1 * g for (k, v), g in zip(w.items(), grads, strict=True)}
+    assert torch.allclose(q.gain["0"], 2.5 * torch.stack(terms).mean(0), rtol=1e-6) and close(q.phi, w)
 
 
 @pytest.mark.parametrize("precision", [0.0, 30.0])

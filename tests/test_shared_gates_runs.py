@@ -87,6 +87,18 @@ def test_a_run_meets_the_density_and_learns() -> None:
     assert without_seconds(result.history) == without_seconds(again.history)
 
 
+def test_a_client_predicts_with_what_it_has_made_of_the_slim_model() -> None:
+    """As parameters of the full model, which computes the same."""
+    result, client = run(6), image_clients(4, 40)[1]
+    prior, eta = result.algorithm.prior, result.eta
+    rng = generator(0, client.index, "personal")
+    q, _ = result.algorithm.inference.e_step(result.objective, prior, eta, client, None, rng)
+    small, x = result.objective.cut(prior.cut(eta)), client.train.x  # type: ignore[attr-defined]
+    (own,) = result.personal(client).models
+    assert torch.allclose(result.objective.outputs(own, x), small.outputs(q.phi, x), atol=1e-5)
+    assert result.parameters_left < result.parameters and not torch.equal(own["0.bias"], result.params["0.bias"])
+
+
 @pytest.mark.parametrize("seed", [0, 2, 3])
 def test_an_unreliable_fleet_gets_the_density_on_time(seed: int) -> None:
     """Rounds in which nobody answers count: after hold + steps = 7 of 12 rounds the model is as small as asked."""

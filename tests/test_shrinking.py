@@ -20,6 +20,7 @@ from fedprior.priors.parts import part_etas
 from fedprior.privacy.layout import kept
 from fedprior.rng import generator
 from fedprior.shrinking import between
+from fedprior.slim import Cut
 
 PARAMS = Objective(CONV).params()
 ROUNDS = 5
@@ -42,18 +43,28 @@ def shrinking(step: Any = None, mixture: bool = False, **fields: Any) -> fp.Algo
     return replace(algorithm, prior=prior, server=step or algorithm.server, **fields).bind(CONV, IMAGES)
 
 
-def drawn(eta: Any, clients: float, seed: int) -> Stats:
-    """What some clients might have sent."""
-    rng = generator(seed, "sent")
-    terms = {"phi": normal(rng, eta.mean), "gain": uniform(rng, eta.gain, 0.1, 0.9)}
-    return Stats(terms).weighted(clients)
+def gates(algorithm: fp.Algorithm) -> priors.SharedGates:
+    """The prior of each component, or of the one that there is."""
+    prior: Any = algorithm.prior
+    return getattr(prior, "prior", prior)
 
 
-def drawn_parts(eta: Any, seed: int) -> Stats:
-    """Of two components, with as many clients each."""
-    parts = [drawn(part, 2.0, seed + k) for k, part in enumerate(part_etas(eta))]
-    terms = {f"part{k}_{term}": params for k, t in enumerate(parts) for term, params in t.terms.items()}
-    return Stats({**terms, "pi": {"pi": torch.tensor([2.0, 2.0], dtype=torch.float64)}}, 4.0)
+def parts(eta: Any) -> dict[str, Any]:
+    """How the names of its fields begin -> the eta of each component, or of the one that there is."""
+    return {f"part{k}_": part for k, part in enumerate(part_etas(eta))} if hasattr(eta, "share") else {"": eta}
+
+
+def drawn(eta: Any, seed: int) -> Stats:
+    """What two clients of each component might have sent."""
+    terms = {}
+    for prefix, part in parts(eta).items():
+        rng = generator(seed, f"sent{prefix}")
+        terms[f"{prefix}phi"] = normal(rng, part.mean)
+        terms[f"{prefix}gain"] = uniform(rng, part.gain, 0.1, 0.9)
+    if hasattr(eta, "share"):
+        terms["pi"] = tree.map(torch.ones_like, eta.share)
+    double = Stats(terms).weighted(2.0)
+    return replace(double, clients=2.0 * len(parts(eta)))
 
 
 def etas(algorithm: fp.Algorithm) -> list[Any]:
@@ -61,51 +72,64 @@ def etas(algorithm: fp.Algorithm) -> list[Any]:
     eta, state = algorithm.start(PARAMS)
     found = [eta]
     for t in range(ROUNDS):
-        total = drawn_parts(eta, 9 * t) if hasattr(eta, "share") else drawn(eta, 3.0, t)
-        eta, state = algorithm.m_step(eta, total, state)
+        eta, state = algorithm.m_step(eta, drawn(eta, t), state)
         found.append(eta)
     return found
 
 
 @pytest.mark.parametrize("name", SERVERS)
+@pytest.mark.parametrize("mixture", [False, True])
 @pytest.mark.parametrize("idle", [False, True])
-def test_the_server_does_what_it_would_do_with_zeros(name: str, idle: bool) -> None:
+def test_the_server_does_what_it_would_do_with_zeros(name: str, mixture: bool, idle: bool) -> None:
     """The same step on full tensors, in which what was removed stays zero: the same weights and the same state."""
-    algorithm, step = shrinking(SERVERS[name]), SERVERS[name]
-    prior: Any = algorithm.prior
+    algorithm, step = shrinking(SERVERS[name], mixture), SERVERS[name]
+    prior = gates(algorithm)
     eta, state = algorithm.start(PARAMS)
-    full, dense = {f"mean/{k}": v for k, v in prior.point(eta).items()}, {}
+    first = least(eta)
+    full = filled(prior, eta, {prefix: part.mean for prefix, part in parts(eta).items()})
     dense = step.init(full)
     for t in range(ROUNDS):
         if idle and t == 2:
-            after, state = algorithm.idle(eta, state)
+            eta, state = algorithm.idle(eta, state)
         else:
-            total = drawn(eta, 3.0, t)
-            phi = prior.whole(eta, {k: v / 3 for k, v in total["phi"].items()})
-            full, dense = step.step(full, {f"mean/{k}": v for k, v in phi.items()}, dense)
-            after, state = algorithm.m_step(eta, total, state)
-        eta, cut = after, prior.cut(after)
-        full, dense = (masked(cut, params) for params in (full, dense))
-        assert close(prior.point(eta), {k.removeprefix("mean/"): v for k, v in full.items()})
-        assert close(eta.mean, cut.gather(prior.point(eta)))
-        for key, value in dense.items():
-            head, name_of = key.rsplit("/", 1)
-            assert torch.allclose(state[f"{head}/{name_of}"], cut.gather({name_of: value})[name_of])
-        for key in (k for k in state if "gain/" in k):
-            assert state[key].shape == eta.gain[key.rsplit("/", 1)[1]].shape
-    assert tree.size(eta.mean) <= 0.25 * tree.size(PARAMS) < tree.size(algorithm.start(PARAMS)[0].mean)
+            total = drawn(eta, t)
+            phi = {prefix: {k: v / 2 for k, v in total[f"{prefix}phi"].items()} for prefix in parts(eta)}
+            full, dense = step.step(full, filled(prior, eta, phi), dense)
+            eta, state = algorithm.m_step(eta, total, state)
+        full, dense = (closed(prior, eta, flat) for flat in (full, dense))
+        assert close(filled(prior, eta, {prefix: part.mean for prefix, part in parts(eta).items()}), full)
+        want = {key: cut.gather({n: v})[n] for key, v in dense.items() for cut, n in [of(prior, eta, key)]}
+        assert close({key: state[key] for key in want}, want)
+        flat = tree.flatten(eta)
+        assert all(v.shape == flat[k if k in flat else k.split("/", 1)[1]].shape for k, v in state.items())
+    assert all(tree.size(part.mean) <= 0.25 * tree.size(PARAMS) < first for part in parts(eta).values())
 
 
-def masked(cut: Any, flat: Params) -> Params:
+def least(eta: Any) -> int:
+    return min(tree.size(part.mean) for part in parts(eta).values())
+
+
+def of(prior: priors.SharedGates, eta: Any, key: str) -> tuple[Cut, str]:
+    """What is left of the component that an entry of the server's state is of, and the name of its parameter."""
+    head, _, name = key.rpartition("/")
+    (part,) = (part for prefix, part in parts(eta).items() if prefix in head)
+    return prior.cut(part), name
+
+
+def filled(prior: priors.SharedGates, eta: Any, params: dict[str, Params]) -> Params:
+    """Each component's parameters as those of the full model, named as in a flat eta."""
+    made = {prefix: prior.whole(part, params[prefix]) for prefix, part in parts(eta).items()}
+    return {f"{prefix}mean/{k}": v for prefix, full in made.items() for k, v in full.items()}
+
+
+def closed(prior: priors.SharedGates, eta: Any, flat: Params) -> Params:
     """Zeros where units are removed."""
-    return {
-        k: cut.scatter(cut.gather({n: v}) | _nothing(cut, n))[n] for k, v in flat.items() for n in [k.rsplit("/", 1)[1]]
-    }
-
-
-def _nothing(cut: Any, name: str) -> Params:
-    """The other tensors, which scatter asks for."""
-    return {other: cut.gather({other: v})[other] for other, v in PARAMS.items() if other != name}
+    out = {}
+    for key, value in flat.items():
+        cut, name = of(prior, eta, key)
+        ones = cut.all_units({g: torch.ones(len(k), dtype=value.dtype) for g, k in cut.kept.items()})
+        out[key] = value * structure.alive(prior.groups, ones, PARAMS).get(name, 1)
+    return out
 
 
 @pytest.mark.parametrize("mixture", [False, True])
@@ -172,11 +196,23 @@ def test_what_clients_send_has_the_shapes_of_what_they_got(mixture: bool) -> Non
     sizes = []
     for eta in etas(algorithm):
         schema = wire.message_schema(algorithm, eta)
-        parts = part_etas(eta) if mixture else [eta]
-        wanted = sum(tree.size(part.mean) + tree.size(part.gain) for part in parts) + 2 * mixture
+        wanted = sum(tree.size(part.mean) + tree.size(part.gain) for part in parts(eta).values()) + 2 * mixture
         assert sum(torch.Size(shape).numel() for shape, _ in schema.values()) == wanted
         sizes.append(wanted)
     assert sizes == sorted(sizes, reverse=True) and sizes[-1] < 0.6 * sizes[0]
+
+
+@pytest.mark.parametrize("share", [(0.3, 0.7), (0.7, 0.3), None])
+def test_what_is_deployed_is_the_model_with_most_clients(share: tuple[float, float] | None) -> None:
+    """What the full model computes with the zeros of `point`."""
+    algorithm, objective = shrinking(mixture=share is not None), Objective(CONV)
+    eta, x = etas(algorithm)[-1], normal(generator(0, "x"), {"x": IMAGES})["x"]
+    eta = eta if share is None else eta._replace(share={"pi": torch.tensor(share)})
+    part = list(parts(eta).values())[share == (0.3, 0.7)]
+    deployed, params = algorithm.deploy(eta, objective)
+    assert equal(params, part.mean) and deployed.made_by == gates(algorithm).cut(part)
+    want = objective.outputs(algorithm.prior.point(eta), x)
+    assert torch.allclose(deployed.outputs(params, x), want) and bool(want.any())
 
 
 def test_checkpoints_shrink_and_an_altered_one_is_refused(tmp_path: Path) -> None:

@@ -162,6 +162,7 @@ def test_a_component_that_nobody_chose_keeps_its_weights_and_shrinks_on_time() -
     assert torch.equal(after.mean["1.weight"], before.mean["1.weight"][after.keep["1"] > 0])
     idle = part_etas(case.idle(eta))
     assert [float(part.round["t"]) for part in idle] == [float(part.round["t"]) + 1 for part in part_etas(eta)]
+    assert int(idle[1].keep["1"].sum()) < 12
 
 
 def test_differences_are_zero_for_all_components_but_the_client_s() -> None:
