@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
 
 import fedprior as fp
-from cases import classification_clients, equal
-from fedprior import Client, Examples, Stats, inference, posteriors, priors
+from cases import Lost, classification_clients, equal
+from fedprior import Client, Examples, Stats, checkpoint, inference, posteriors, priors, server
 from fedprior.codecs import Dense, PayloadError, Sparse
 from wire import with_body, with_field
 
 SIZES, VICTIM = (4, 9, 7, 5), 2
+GAINS = inference.Gains(0.1)
 
 
 @dataclass(frozen=True)
@@ -131,6 +133,36 @@ def test_a_sum_that_overflows_does_not_end_the_run() -> None:
     result = fp.run(fp.Algorithm(priors.Gaussian(), Huge()), model, clients, rounds=2)
     assert all(torch.isfinite(v).all() for v in result.params.values())
     assert all("not finite" in r.kept_eta for r in result.history)
+
+
+@dataclass(frozen=True)
+class HugeOnce:
+    """FedSparse's E-step, all of whose weights are `value` in round 3."""
+
+    value: float
+
+    def start(self, prior, eta) -> posteriors.Gains:
+        return GAINS.start(prior, eta)
+
+    def e_step(self, objective, prior, eta, client, state, rng):
+        q, state = GAINS.e_step(objective, prior, eta, client, state, rng)
+        huge = {k: torch.full_like(v, self.value) for k, v in q.phi.items()}
+        return replace(q, phi=huge) if float(eta.round["t"]) == 2 else q, state
+
+
+@pytest.mark.parametrize(("step", "value"), [(server.Momentum(1.0, 0.5), 3e38), (server.Adam(), 1e25)], ids=str)
+def test_a_round_whose_sum_overflows_is_one_from_which_nothing_arrived(step, value: float, tmp_path: Path) -> None:
+    """In eta or in what the server keeps, which 1e25 squared would be: both go on from there, and the model shrinks."""
+    clients, model = classification_clients(SIZES), fp.models.mlp(4, (9,), 3)
+    prior = priors.SharedGates(0.4, 1.0, 2, hold=1)
+    saved = []
+    for name, fleet in (("huge", fp.Availability()), ("silent", Lost({(3, i) for i in range(len(clients))}))):
+        algorithm = fp.Algorithm(prior, HugeOnce(value), step)
+        result = fp.run(algorithm, model, clients, rounds=5, availability=fleet, out=tmp_path / name)
+        assert [r.number for r in result.history if r.kept_eta] == [3]
+        assert result.history[1].parameters_left > result.history[2].parameters_left
+        saved.append(checkpoint.read(tmp_path / name))
+    assert equal(saved[0].eta, saved[1].eta) and equal(saved[0].server, saved[1].server)
 
 
 def test_an_error_in_a_client_names_round_client_and_seed() -> None:

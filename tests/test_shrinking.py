@@ -174,6 +174,7 @@ def bad_payloads() -> dict[str, bytes]:
         "a byte more": good + b"\0",
         "a longer index": struct.pack("<I", length + 1) + good[4:],
         "a shorter index": struct.pack("<I", length - 1) + good[4:],
+        "a byte after the index": struct.pack("<I", length + 1) + good[4 : 4 + length] + b"\0" + good[4 + length :],
         "an endless index": struct.pack("<I", 2**32 - 1) + good[4:],
         "half a gate": with_gates(lambda z: 0.5 * z),
         "a negative gate": with_gates(lambda z: -z),
