@@ -35,6 +35,10 @@ def test_a_run_stops_before_it_exceeds_its_budget(fits: int, tmp_path: Path) -> 
     assert total(result) == fits * BYTES <= mb * 1e6
     assert [bool(r.metrics) for r in result.history] == [n % 4 == 0 or n == fits for n in range(1, fits + 1)]
     plain = run("mlp", fp.fedavg(), fits, test=test)
+    assert f"of budget_mb={mb:g} spent, and one more round might exceed it" in result.summary()
+    enough = run("mlp", limited(3 * mb), fits, test=test).summary()
+    assert f"{total(result) / 1e6:.4g} of budget_mb={3 * mb:g} spent" in enough and "exceed" not in enough
+    assert "budget" not in plain.summary()
     assert equal(plain.params, result.params) and plain.history[-1].metrics == result.history[-1].metrics
     files = {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()}
     more: list[Round] = []

@@ -12,11 +12,13 @@ import torch
 import fedprior as fp
 from budget_calls import MODELS, ROUNDS, run, total
 from cases import equal, without_seconds
+from coupled_nets import norm_net
 from fedprior import inference, planning, priors, tree
 from fedprior.budget import Budget
 from fedprior.codecs import Sparse
 from fedprior.objective import Objective
 from fedprior.records import Round
+from fedprior.rng import generator
 
 TYPES = ("float32", "int8", "int4")
 
@@ -73,6 +75,17 @@ def test_too_little_is_refused_with_what_would_do(name: str, value_type, tmp_pat
     assert result.parameters_left == least(name)
     with pytest.raises(ValueError, match="too small"):
         planned(name, sparse(0.98 * enough, value_type))
+
+
+@pytest.mark.parametrize("value_type", ["float32", "int8"])
+def test_new_norms_are_planned_as_trained_ones(value_type: str) -> None:
+    """A new norm's values are equal, and would be sent as one."""
+    model = norm_net(24, 20)
+    new = Objective(model).params()
+    trained = {k: v + torch.rand(v.shape, generator=generator(0, k)) if v.ndim == 1 else v for k, v in new.items()}
+    bound = fp.fedsparse(budget_mb=0.3, value_type=value_type).bind(model, torch.zeros(1, 1, 8, 8))
+    densities = [planning.plan(bound, params, ROUNDS, 3).prior.density for params in (new, trained)]  # type: ignore
+    assert densities[0] == pytest.approx(densities[1], rel=0.03)
 
 
 @pytest.mark.parametrize("name", MODELS)

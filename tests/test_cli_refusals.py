@@ -61,7 +61,10 @@ BROKEN = {
     "algorithm key": ('[algorithm]\nname = "fedavg"\nprecision = 1\n', "unknown key in [algorithm] 'precision'"),
     "type": ('[run]\nrounds = "3"\n', "rounds in [run] must be int, got '3'"),
     "truth": ("[run]\nrounds = true\n", "rounds in [run] must be int"),
-    "literal": ('[algorithm]\nweighting = "all"\n', "weighting in [algorithm]"),
+    "literal": (
+        '[algorithm]\nweighting = "all"\n',
+        "weighting in [algorithm] must be 'uniform' or 'examples', got 'all'",
+    ),
     "tuple": ('[model]\nname = "mlp"\nhidden = [1.5]\n', "hidden in [model]"),
     "device": ('[run]\ncohort = 2\ndevice = "tpu"\n[data]\nname = "digits"', "device 'tpu'"),
     "availability": ("[availability]\ndropout = 2\n", "dropout"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import itertools
+import json
 import time
 from pathlib import Path
 
@@ -102,6 +103,29 @@ def test_a_checkpoint_torn_at_any_length_is_refused(tmp_path: Path) -> None:
             with pytest.raises(ValueError, match="is damaged"):
                 checkpoint.read(tmp_path)
         path.write_bytes(data)
+    assert checkpoint.read(tmp_path) is not None
+
+
+EDITS: list[dict] = [{"number": n} for n in (1, 4, -3, 3.0, "3", None)]
+EDITS += [
+    {"tensors": "../checkpoint-000003.safetensors"},
+    {"tensors": None},
+    {"sha256": "0"},
+    {"setting": None},
+]
+
+
+@pytest.mark.parametrize("edit", EDITS, ids=str)
+def test_an_edited_checkpoint_is_refused_with_what_to_do(edit: dict, tmp_path: Path) -> None:
+    run(tmp_path)
+    path = tmp_path / checkpoint.INDEX
+    index = json.loads(path.read_text())
+    lacking = {k: v for k, v in index.items() if k not in edit}
+    for changed in (index | edit, lacking, list(index)):
+        path.write_text(json.dumps(changed))
+        with pytest.raises(ValueError, match=r"is damaged: .*; put the file back, or start again in another folder"):
+            checkpoint.read(tmp_path)
+    path.write_text(json.dumps(index))
     assert checkpoint.read(tmp_path) is not None
 
 

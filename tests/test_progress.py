@@ -43,15 +43,15 @@ def test_a_run_without_groups_says_nothing_of_them(capsys):
 
 
 @pytest.mark.parametrize("terminal, show", [(True, None), (True, False), (False, None)])
-def test_what_comes_after_the_last_round_is_told_on_a_terminal(terminal, show, tmp_path, capsys, monkeypatch):
-    """Evaluating and adapting clients may take a minute."""
+def test_what_comes_before_and_after_the_rounds_is_told_on_a_terminal(terminal, show, tmp_path, capsys, monkeypatch):
+    """Planning, and evaluating and adapting clients, may take a minute."""
     monkeypatch.setenv("TERM", "xterm")
     monkeypatch.setattr(sys.stderr, "isatty", lambda: terminal)
     wanted = config.parse({"run": {"rounds": 1, "cohort": 2}, "data": {"name": "digits", "clients": 2}}, tmp_path)
     compare.execute(compare.build(wanted), tmp_path / "out", progress=show)
     told = capsys.readouterr().err
-    for text in ("fedavg: the final model on each client", "fedavg: clients before and after they adapt"):
-        assert (text in told) == (terminal and show is None)
+    for text in ("looking at the model", "the final model on each client", "clients before and after they adapt"):
+        assert (f"fedavg: {text}" in told) == (terminal and show is None)
 
 
 SUMMARISED = [

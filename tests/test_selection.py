@@ -48,6 +48,7 @@ def test_live_counts_what_a_mask_leaves(name: str) -> None:
         rows = [k for k in counted if any(m.out and m.name == k for m in group.members)]
         on = structure.alive(cut.groups, gate, params)
         assert set(rows) <= owned.keys()
+        assert live.entries == {k: count_alive({k: on[k]} if k in on else {}, {k: v}) for k, v in counted.items()}
         assert live.owned(group) == count_alive({k: on[k] for k in rows}, {k: counted[k] for k in rows})
 
 
@@ -61,6 +62,7 @@ def test_closing_units_keeps_the_count_right(name: str) -> None:
         gate[group.name][-1] = 0
         counted = {k: params[k] for k in shapes(model)}
         assert live.total() == count_alive(structure.alive(cut.groups, gate, params), counted)
+        assert live.weight(group) == Live(cut.groups, gate, shapes(model)).weight(group)
 
 
 def chosen(name: str, fraction: float, seed: int = 0):

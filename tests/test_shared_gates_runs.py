@@ -63,6 +63,8 @@ def test_densities_down_to_the_least_are_met_and_none_below_is_begun(name: str) 
     assert 0 <= middle * total - text_run(make, middle, rounds).parameters_left <= max(units)
     with pytest.raises(ValueError, match="cannot be reached") as error:
         text_run(make, exact - 0.01, rounds)
+    largest = {"transformer": ("head", 8 * 9 + 9), "user's own LSTM": ("lstm", LSTM - 8 * 4 - 4 - 8)}[name]
+    assert f"most in {largest[0]} ({largest[1] / total:.1%}), " in str(error.value)
     (named,) = re.findall(r"density >= ([0-9.]+)", str(error.value))
     assert exact <= float(named) < exact + 1e-5 and text_run(make, float(named), rounds).parameters_left == least
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
@@ -82,3 +83,11 @@ def test_only_models_that_ask_for_views_are_watched_after_the_first_call(
     assert objective._views is not None and own._views is None
     objective.outputs(objective.params(), x)
     assert (objective._views is not None) == watched
+
+
+def test_an_export_says_what_fixes_the_number_of_examples(tmp_path: Path) -> None:
+    exported = result("few filters", lambda x: x.reshape(len(x), -1), fp.fedavg())
+    with pytest.raises(ValueError, match=r"fixes the number of examples, as len\(x\) does.* or x.shape\[0\]"):
+        fp.export(exported, tmp_path / "a.pt2")
+    exported = result("few filters", lambda x: x.reshape(x.shape[0], -1), fp.fedavg())
+    assert fp.export(exported, tmp_path / "a.pt2").difference <= 1e-5

@@ -54,7 +54,7 @@ class Checkpoint:
     def write(self, folder: Path) -> None:
         """Write, then remove older tensor files."""
         data = self.tensors()
-        name = f"checkpoint-{self.number:06d}.safetensors"
+        name = _name(self.number)
         write_atomically(folder / name, data)
         index = {"number": self.number, "tensors": name, "sha256": _digest(data), "setting": dict(self.setting)}
         write_atomically(folder / INDEX, json.dumps(index, indent=1).encode())
@@ -74,12 +74,23 @@ def read(folder: Path) -> Checkpoint | None:
         return None
     try:
         index = json.loads(path.read_text(encoding="utf-8"))
+        number, setting = index["number"], index["setting"]
+        if index["tensors"] != _name(number) or not isinstance(setting, dict):
+            raise ValueError(f"{INDEX} was changed after it was written")
         data = (folder / index["tensors"]).read_bytes()
         if _digest(data) != index["sha256"]:
             raise ValueError(f"{index['tensors']} was changed after it was written")
-        return Checkpoint.of(int(index["number"]), data, index["setting"])
+        return Checkpoint.of(number, data, setting)
     except (OSError, KeyError, TypeError, ValueError) as error:
-        raise ValueError(f"the checkpoint in {folder} is damaged: {error}") from error
+        why = f"{INDEX} has no {error}" if isinstance(error, KeyError) else error
+        raise ValueError(
+            f"the checkpoint in {folder} is damaged: {why}; put the file back, or start again in another folder"
+        ) from error
+
+
+def _name(number: int) -> str:
+    """The tensor file of a round; a ValueError for what is no number of a round."""
+    return f"checkpoint-{number:06d}.safetensors"
 
 
 def _digest(data: bytes) -> str:

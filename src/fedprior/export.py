@@ -18,7 +18,7 @@ import json
 import logging
 import warnings
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stderr
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -186,23 +186,29 @@ def _program(model: nn.Module, inputs: Tensor) -> torch.export.ExportedProgram:
     return program
 
 
+_TALKS = ("torch.onnx", "torch.fx.experimental.symbolic_shapes")
+
+
 @contextmanager
 def _exporter(model: nn.Module) -> Iterator[None]:
-    """Without the exporters' remarks on their own code; whatever they object to is a ValueError."""
-    log = logging.getLogger("torch.onnx")
-    level = log.level
-    log.setLevel(logging.ERROR)
+    """Without the exporters' remarks on their own code and on ours; whatever they object to is a ValueError."""
+    logs = {log: log.level for log in map(logging.getLogger, _TALKS)}
+    for log in logs:
+        log.setLevel(logging.ERROR)
     try:
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), redirect_stderr(io.StringIO()):
             warnings.simplefilter("ignore")
             yield
     except Exception as error:  # they have dozens of kinds
         reason = f"{type(error).__name__}: {error}".splitlines()[0]
+        if "Constraints violated (batch)" in reason:
+            reason = "its forward fixes the number of examples, as len(x) does: write x.flatten(1), or x.shape[0]"
         raise ValueError(
             f"PyTorch cannot export this {type(model).__name__} as a program ({reason}); 'safetensors' needs no program"
         ) from error
     finally:
-        log.setLevel(level)
+        for log, level in logs.items():
+            log.setLevel(level)
 
 
 def _load_pt2(path: Path, dense: nn.Module) -> Callable[[Tensor], Tensor]:

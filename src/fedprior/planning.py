@@ -18,6 +18,7 @@ from dataclasses import replace
 from typing import Any, cast
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from fedprior import posteriors, selection, wire
@@ -154,9 +155,20 @@ def _check_density(prior: Any) -> None:
     if prior.density < least:
         raise ValueError(
             f"density={prior.density:g} cannot be reached: one unit of each group and all layers without units hold "
-            f"{least:.2%} of the parameters. Ask for density >= {math.ceil(1e6 * least) / 1e6:g}, or take a model "
-            "with more units"
+            f"{least:.2%} of the parameters, most in {_largest_layers(prior)}. Ask for density >= "
+            f"{math.ceil(1e6 * least) / 1e6:g}, or take a model with more units"
         )
+
+
+def _largest_layers(prior: Any) -> str:
+    """The three layers that hold the most in the smallest model, with their shares of all parameters."""
+    held: dict[str, int] = {}
+    for name, entries in selection.smallest(prior.groups, prior.counted).entries.items():
+        layer = name.rpartition(".")[0] or name
+        held[layer] = held.get(layer, 0) + entries
+    total = sum(map(math.prod, prior.counted.values()))
+    largest = sorted(held, key=lambda layer: -held[layer])[:3]
+    return ", ".join(f"{layer} ({held[layer] / total:.1%})" for layer in largest)
 
 
 def _with(algorithm: Algorithm, density: float, rounds: int) -> Algorithm:
@@ -167,12 +179,20 @@ def _with(algorithm: Algorithm, density: float, rounds: int) -> Algorithm:
 def _spend(algorithm: Algorithm, params: Params, rounds: int, cohort: int) -> float:
     """Bytes of a whole run, both directions."""
     prior: Any = algorithm.prior
-    live = prior.schedule(params, rounds)
-    measured = {}
+    live, measured = prior.schedule(params, rounds), {}
+    params = {name: _as_later(name, value) for name, value in params.items()}
     for wanted in (live[-1], (live[0] * live[-1]) ** 0.5, live[0]):
         eta = prior.supposed(params, wanted)
         measured[prior.live(eta)] = _bytes(algorithm, eta, posteriors.Gains(eta.mean, eta.gain))
     return cohort * float(np.interp(live, list(measured), list(measured.values())).sum())
+
+
+def _as_later(name: str, value: Tensor) -> Tensor:
+    """Values that differ, as they will in training: equal ones, such as a new norm's, are sent as one."""
+    if value.numel() < 2 or bool((value != value.flatten()[0]).any()):
+        return value
+    noise = torch.randn(value.shape, generator=generator(0, "plan", name), dtype=value.dtype)
+    return value + noise.to(value.device)
 
 
 def _bytes(algorithm: Algorithm, eta: Eta, q: Any) -> int:

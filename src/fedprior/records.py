@@ -147,7 +147,10 @@ class RecordFile:
     def __init__(self, path: Path, last: int) -> None:
         self.rounds = [r for r in read(path) if r.number <= last]
         if [r.number for r in self.rounds] != list(range(1, last + 1)):
-            raise ValueError(f"{path} does not have one record for each of the {last} rounds of the checkpoint")
+            raise ValueError(
+                f"{path} does not have one record for each of the {last} rounds of the checkpoint; put the file back, "
+                "or start again in another folder"
+            )
         write_atomically(path, "".join(r.to_json() + "\n" for r in self.rounds).encode())
         self._path, self._file = path, path.open("a", encoding="utf-8")
 

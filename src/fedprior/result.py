@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 from torch import Tensor, nn
 
-from fedprior import wire
+from fedprior import planning, wire
 from fedprior.algorithm import Algorithm
 from fedprior.core import Client, Eta, Examples, Params, Population
 from fedprior.metrics import Row, before_and_after, evaluate_clients
@@ -159,7 +160,7 @@ class Result:
         return f"Result({self.summary()})"
 
     def summary(self) -> str:
-        """One line for people, and one each for a warning and for layers that stay whole; MB are 10^6 bytes."""
+        """One line for people, and one each for a budget, a warning and layers that stay whole; MB are 10^6 bytes."""
         metrics = ", ".join(f"{k} {v:.4f}" if abs(v) < 1e4 else f"{k} {v:.1e}" for k, v in self.metrics.items())
         left = 100 * self.parameters_left / self.parameters
         line = (
@@ -168,9 +169,18 @@ class Result:
             f"{self.parameters_left:,} of {self.parameters:,} parameters left ({left:.1f} %), "
             f"{len(self.history)} rounds in {self.seconds:.1f} s"
         )
+        if self.algorithm.budget is not None:
+            line += f"\n  {self._spent()}"
         troubles, whole = warning(self.history), left_whole(self.objective.model, self.algorithm.prior)
         line += f"\n  warning: {troubles}" if troubles else ""
         return f"{line}\n  {whole}" if ", " in whole else line  # one layer always does: that of the outputs
+
+    def _spent(self) -> str:
+        """What has been spent of a budget of bytes, and whether that is why there are no further rounds."""
+        budget: Any = self.algorithm.budget
+        text = f"{(self.bytes_up + self.bytes_down) / 1e6:.4g} of budget_mb={budget.mb:g} spent"
+        cohort, known = len(self.history[-1].clients), planning.known(self.algorithm, self.eta)
+        return text + ", and one more round might exceed it" * budget.spent(self.history, cohort, *known)
 
 
 def some_inputs(clients: Population, test: Examples | None) -> Tensor:

@@ -20,7 +20,7 @@ from fedprior.layer import Finished, Setting
 from fedprior.losses import Loss, PerExample
 from fedprior.metrics import evaluate
 from fedprior.objective import Objective
-from fedprior.progress import Progress, left_whole
+from fedprior.progress import Progress, doing, left_whole
 from fedprior.records import RecordFile, Round
 from fedprior.result import Result, some_inputs
 from fedprior.rng import generator
@@ -87,8 +87,9 @@ def run(
     checks.check_device(device)
     objective = Objective(model, loss, device)
     checks.check_fit(objective, clients, test, device)
-    loop = _Loop.build(algorithm, objective, clients, engine, availability, seed, rounds, cohort, device)
     leads = not isinstance(engine, TorchRun) or engine.leads
+    with doing(f"{algorithm.name}: looking at the model", progress if leads else False):
+        loop = _Loop.build(algorithm, objective, clients, engine, availability, seed, rounds, cohort, device)
     folder = None if out is None or not leads else Path(out)
     progress, on_round = (progress, on_round) if leads else (False, None)
     with ExitStack() as stack:

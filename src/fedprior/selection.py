@@ -66,6 +66,9 @@ class Live:
         keep: group -> (units,); 0 for units that are closed already.
         shapes: parameter -> shape; only these parameters count.
         made: c a_g / sum_h a_h of every unit, group -> (units,); None for 0.
+
+    Attributes:
+        entries: parameter -> how many are left.
     """
 
     def __init__(
@@ -76,6 +79,7 @@ class Live:
         made = made or {g.name: torch.zeros(g.units) for g in groups}
         self._made = {g: a.double().cpu().numpy() for g, a in made.items()}
         self.open = {g.name: (keep[g.name] > 0).cpu().numpy() for g in groups}
+        self._puts_out = {g: self._activations(g) for g in self.open}
         left: dict[Key, np.ndarray] = {}
         for group in groups:
             for m in group.members:
@@ -89,21 +93,27 @@ class Live:
                 held[m.name, m.dim] = np.bincount(np.array(m.unit)[left[m.name, m.dim]] + 1, minlength=group.units + 1)[
                     1:
                 ]
+        self._names = {g: {name for name, _ in held if name in shapes} for g, held in self._held.items()}
+        self._rows = {g.name: {m.name for m in g.members if m.out and m.name in shapes} for g in groups}
+        self.entries = {name: int(self._entries(name, {})) for name in shapes}
+        self._total = sum(self.entries.values())
 
     def total(self) -> int:
         """Entries that are left."""
-        return sum(int(self._entries(name, {})) for name in self._shapes)
+        return self._total
 
     def _entries(self, name: str, less: Mapping[Key, np.ndarray]) -> np.ndarray:
         """Entries of one parameter when every dimension has lost `less` positions."""
         counts = [self._left.get((name, d), size) - less.get((name, d), 0) for d, size in enumerate(self._shapes[name])]
         return np.asarray(math.prod(counts))
 
+    def _activations(self, group: str) -> float:
+        return float(self._made[group][self.open[group]].sum())
+
     def costs(self, group: str) -> np.ndarray:
         """Entries that go with each unit of a group, (units,)."""
-        held = self._held[group]
-        names = {name for name, _ in held if name in self._shapes}
-        return sum((self._entries(n, {}) - self._entries(n, held) for n in names), np.zeros(len(self.open[group]), int))
+        held, none = self._held[group], np.zeros(len(self.open[group]), int)
+        return sum((self.entries[n] - self._entries(n, held) for n in self._names[group]), none)
 
     def shares(self, group: str) -> np.ndarray:
         """cost_g of each unit of a group, (units,)."""
@@ -111,18 +121,21 @@ class Live:
 
     def owned(self, group: Group) -> int:
         """Entries that the open units of a group own."""
-        names = {m.name for m in group.members if m.out and m.name in self._shapes}
-        return sum(int(self._entries(name, {})) for name in names)
+        return sum(self.entries[name] for name in self._rows[group.name])
 
     def weight(self, group: Group) -> float:
         """What a group owns and puts out, as shares of the model."""
-        return self.owned(group) / self._all + float(self._made[group.name][self.open[group.name]].sum())
+        return self.owned(group) / self._all + self._puts_out[group.name]
 
     def close(self, group: str, unit: int) -> None:
         """Take one open unit out."""
         self.open[group][unit] = False
         for key, positions in self._held[group].items():
             self._left[key] -= int(positions[unit])
+        for name in self._names[group]:
+            before, self.entries[name] = self.entries[name], int(self._entries(name, {}))
+            self._total += self.entries[name] - before
+        self._puts_out[group] = self._activations(group)
 
 
 def select(
@@ -168,14 +181,19 @@ def _cheapest(live: Live, worth: np.ndarray, group: str) -> tuple[float, str, in
     return float(ratio[unit]), group, unit
 
 
-def least(groups: Sequence[Group], shapes: Mapping[str, Sequence[int]]) -> int:
-    """How many entries are left when each group has one unit, that with the fewest: none has less."""
+def smallest(groups: Sequence[Group], shapes: Mapping[str, Sequence[int]]) -> Live:
+    """What is left when each group has one unit, that with the fewest entries: no model has less."""
     one = {g.name: torch.ones(g.units) for g in groups}
     whole = Live(groups, one, shapes)
     for group, keep in one.items():
-        smallest = int(whole.costs(group).argmin())
-        keep.zero_()[smallest] = 1
-    return Live(groups, one, shapes).total()
+        fewest = int(whole.costs(group).argmin())
+        keep.zero_()[fewest] = 1
+    return Live(groups, one, shapes)
+
+
+def least(groups: Sequence[Group], shapes: Mapping[str, Sequence[int]]) -> int:
+    """How many entries the smallest model has."""
+    return smallest(groups, shapes).total()
 
 
 def narrow(

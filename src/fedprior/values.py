@@ -62,6 +62,8 @@ def _wanted(option: Any) -> str:
         return '"none"'
     if get_origin(option) is abc.Mapping:
         return "a table {name = value, ...}"
+    if get_origin(option) is Literal:
+        return " or ".join(map(repr, get_args(option)))
     return str(option) if get_origin(option) else getattr(option, "__name__", str(option))
 
 
