@@ -103,11 +103,13 @@ READS: dict[str, Callable[[Any, Tensor], Tensor]] = {
     "cell": step_by_step,
     "two directions": lambda lstm, h: lstm(input=h)[0],
     "a projection": lambda lstm, h: lstm(h)[1][0][-1],
+    "one state": lambda gru, h: gru(h)[1][-1],
 }
 LSTMS: dict[str, Callable[[], nn.Module]] = {
     "cell": lambda: nn.LSTMCell(4, 6),
     "two directions": lambda: nn.LSTM(4, 3, batch_first=True, bidirectional=True),
     "a projection": lambda: nn.LSTM(4, 9, batch_first=True, proj_size=6),
+    "one state": lambda: nn.GRU(4, 1, batch_first=True),
 }
 
 
@@ -119,7 +121,8 @@ class CharLSTM(nn.Module):
         self.reads, self.embedding = reads, nn.Embedding(8, 4)
         self.before = hidden_layer(4, 5, 4) if hidden else nn.Identity()
         self.lstm: Any = LSTMS.get(reads, lambda: nn.LSTM(4, 6, batch_first=True))()
-        self.head = hidden_layer(6, 8, 8) if hidden else nn.Linear(6, 8)
+        width = 1 if reads == "one state" else 6
+        self.head = hidden_layer(width, 8, 8) if hidden else nn.Linear(width, 8)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.head(READS[self.reads](self.lstm, self.before(self.embedding(x))))

@@ -13,6 +13,7 @@ import fedprior as fp
 from cases import image_clients, pooled, without_seconds
 from coupled_nets import CharLSTM
 from fedprior import Client, Examples
+from fedprior.codecs import schema_of
 from fedprior.rng import generator
 
 LONG = [({"hold": 6}, 6, 7), ({"steps": 5}, 6, 7), ({"hold": 3, "steps": 4}, 6, 7), ({"steps": 2}, 1, 2)]
@@ -97,6 +98,7 @@ def test_a_client_predicts_with_what_it_has_made_of_the_slim_model() -> None:
     q, _ = result.algorithm.inference.e_step(result.objective, prior, eta, client, None, rng)
     small, x = result.objective.cut(prior.cut(eta)), client.train.x  # type: ignore[attr-defined]
     (own,) = result.personal(client).models
+    assert schema_of(own) == schema_of(result.params)
     assert torch.allclose(result.objective.outputs(own, x), small.outputs(q.phi, x), atol=1e-5)
     assert result.parameters_left < result.parameters and not torch.equal(own["0.bias"], result.params["0.bias"])
 

@@ -37,7 +37,7 @@ SERVERS: dict[str, Any] = {
 
 def shrinking(step: Any = None, mixture: bool = False, **fields: Any) -> fp.Algorithm:
     """From 60 % of the parameters to 25 % in four rounds."""
-    prior: Any = priors.SharedGates(0.25, 0.6, 4, hold=0)
+    prior: Any = priors.SharedGates(0.25, 0.6, 4, 3.0, hold=0)
     algorithm = fp.fedsparsemixture(0.1, 0.25) if mixture else fp.fedsparse(0.1, density=0.25)
     prior = priors.SparseMixture(2, prior) if mixture else prior
     return replace(algorithm, prior=prior, server=step or algorithm.server, **fields).bind(CONV, IMAGES)

@@ -71,6 +71,16 @@ def test_no_payload_is_longer_than_the_longest(data: st.DataObject, fraction: fl
         assert len(payload) == longest
 
 
+def test_the_longest_payload_is_nearly_reached() -> None:
+    """By gaps of two bytes, of which so many are longer than a bitmap; up to a step, by a byte begun in each tensor."""
+    x = torch.zeros(100, 100)
+    x.view(-1)[: 50 * 131 : 131] = x.view(-1)[-1170:] = 1.0
+    codec, message = TopK(0.122), {"x": x}
+    assert len(codec.encode(message, 1)) == codec.longest(schema_of(message))
+    codec, message = TopK(1.0, "int2"), {f"x{i}": torch.arange(1.0, 6)[None] for i in range(12)}
+    assert 0 <= codec.longest(schema_of(message)) - len(codec.encode(message, 1)) < 12
+
+
 def test_everything_is_dense() -> None:
     """fraction=1: the values of Dense to the bit, for its bytes, a kind and a bitmap."""
     message = Case(Dense()).message()
