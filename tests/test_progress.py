@@ -8,7 +8,7 @@ import torch
 import fedprior as fp
 from cases import classification_clients
 from coupled_nets import CharLSTM
-from fedprior import compare, config
+from fedprior import cli, compare, config
 from fedprior.progress import left_whole
 
 CLIENTS = classification_clients((8, 9, 10))
@@ -50,6 +50,8 @@ def test_what_comes_before_and_after_the_rounds_is_told_on_a_terminal(terminal, 
     wanted = config.parse({"run": {"rounds": 1, "cohort": 2}, "data": {"name": "digits", "clients": 2}}, tmp_path)
     compare.execute(compare.build(wanted), tmp_path / "out", progress=show)
     told = capsys.readouterr().err
+    cli.export(tmp_path / "out")
+    assert (f"writing {tmp_path / 'out'}" in "".join(capsys.readouterr().err.split("\n"))) == terminal
     for text in ("looking at the model", "the final model on each client", "clients before and after they adapt"):
         assert (f"fedavg: {text}" in told) == (terminal and show is None)
 

@@ -22,6 +22,7 @@ from fedprior import config as configs
 from fedprior import federate, finished, listings, options, personalised
 from fedprior.engines import leads
 from fedprior.privacy import Privacy
+from fedprior.progress import doing
 from fedprior.records import read, warning
 from fedprior.refusals import interruptible, one_line
 from fedprior.rows import Row, cells
@@ -237,9 +238,12 @@ def export(
     out: File = None,
 ) -> None:
     """Write what is left of a finished run's model to one file, load it again, and compare the outputs."""
-    result, config = finished.load(folder)
-    about = {name: json.dumps(config.sections()[name]) for name in ("algorithm", "model")}
-    typer.echo(str(fedprior.export(result, out or folder / f"slim.{format or 'safetensors'}", format, about)))
+    path = out or folder / f"slim.{format or 'safetensors'}"
+    with doing(f"writing {path}, and trying it", None):
+        result, config = finished.load(folder)
+        about = {name: json.dumps(config.sections()[name]) for name in ("algorithm", "model")}
+        exported = fedprior.export(result, path, format, about)
+    typer.echo(str(exported))
 
 
 app.add_typer(federate.app, name="federate")
