@@ -102,7 +102,7 @@ REFUSED: dict[str, tuple[str, list[str], str]] = {
     "wish": ("[privacy]", [], "target_epsilon=..., noise_multiplier=..., or both"),
     "epsilon": ("", ["--target-epsilon", "0"], "target_epsilon > 0"),
     "of the run": ("[privacy]\ncohort = 5", [], "unknown key in [privacy] 'cohort'"),
-    "accountant": ('[privacy]\nnoise_multiplier = 1\naccountant = "plt"', [], "must be typing"),
+    "accountant": ('[privacy]\nnoise_multiplier = 1\naccountant = "plt"', [], "must be 'rdp' or 'pld', got 'plt'"),
     "delta": ("", ["--target-epsilon", "8", "--delta", "0.2"], "well below 1 / 5"),
     "dear": ("", ["--target-epsilon", "0.1", "--noise-multiplier", "0.5", "--delta", "0.01"], "give more noise"),
     "bits": ("[secure]\nbits = 8", [], "bits must be one of 16, 32, 64, got 8"),

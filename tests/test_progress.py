@@ -46,6 +46,7 @@ def test_a_run_without_groups_says_nothing_of_them(capsys):
 def test_what_comes_before_and_after_the_rounds_is_told_on_a_terminal(terminal, show, tmp_path, capsys, monkeypatch):
     """Planning, and evaluating and adapting clients, may take a minute."""
     monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setenv("COLUMNS", "500")
     monkeypatch.setattr(sys.stderr, "isatty", lambda: terminal)
     wanted = config.parse({"run": {"rounds": 1, "cohort": 2}, "data": {"name": "digits", "clients": 2}}, tmp_path)
     compare.execute(compare.build(wanted), tmp_path / "out", progress=show)

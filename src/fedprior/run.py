@@ -95,8 +95,7 @@ def run(
     with ExitStack() as stack:
         stack.callback(getattr(engine, "close", lambda: None))
         state, file, history = loop.begin(out, resume, counts, test)
-        if file is not None:
-            stack.callback(file.close)
+        stack.callback(getattr(file, "close", lambda: None))
         whole = left_whole(objective.model, loop.algorithm.prior)
         bar = stack.enter_context(Progress(algorithm.name, rounds, progress, history, whole))
         last = state.number == rounds or loop.spent(history, state)
