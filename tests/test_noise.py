@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 import fedprior as fp
-from fedprior import wire
+from fedprior import inference, priors, structure, wire
 from fedprior.codecs import schema_of
 from fedprior.core import Eta, Stats
 from fedprior.layer import Finished, Setting
@@ -84,6 +84,23 @@ def test_each_term_has_the_noise_of_its_unit_each_round_its_own_and_removed_unit
         assert float(first.std()) == pytest.approx(sigma, rel=error)
         assert float((first - second).std()) == pytest.approx(2**0.5 * sigma, rel=error)
         assert term != "phi" or len(first) == left < sum(p.numel() for p in MODEL.parameters())
+
+
+@pytest.mark.parametrize("made", MADE)
+def test_of_an_eta_that_keeps_zeros_removed_units_have_no_noise(made: str) -> None:
+    """Every other entry has."""
+    prior = priors.GroupLasso(0.01).bind(MODEL, torch.zeros(1, 4))
+    algorithm = replace(private(made, 0.8, clip=0.3), prior=prior, inference=inference.Point(0.1))
+    eta, _ = start(algorithm)
+    eta = prior.project(eta, eta._replace(keep={g: (z.cumsum(0) % 2) for g, z in eta.keep.items()}))
+    sent = algorithm.message(eta, algorithm.inference.start(prior, eta))
+    done = round_of(algorithm, dict.fromkeys(range(COHORT), sent), eta)
+    assert done.total is not None
+    alive = structure.alive(prior.groups, eta.keep, eta.mean)
+    for name, mean in eta.mean.items():
+        noise = done.total["phi"][name] - COHORT * mean
+        assert torch.equal(noise != 0, (alive.get(name, torch.ones(())) > 0).expand_as(mean)), name
+    assert any(not z.all() for z in alive.values())
 
 
 @pytest.mark.parametrize("made", MADE)

@@ -187,7 +187,8 @@ def test_the_density_is_met_early_and_no_layer_is_lost(name: str, density: float
     hold, steps = int(0.45 * rounds), max(1, rounds // 5)
     assert 1.4 * wanted < counts[0] <= 1.55 * wanted
     assert all(count <= planned for count, planned in zip(counts, plan, strict=True))
-    assert counts[: hold + 1] == counts[:1] * (hold + 1) and plan[hold + steps] == pytest.approx(wanted)
+    assert counts[: hold + 1] == plan[: hold + 1] == counts[:1] * (hold + 1)
+    assert plan[hold + steps] == pytest.approx(wanted)
     assert hold + steps <= 2 * rounds // 3 and plan[hold + steps - 1] > wanted
     assert all(0.9 * wanted < count <= wanted for count in counts[2 * rounds // 3 :])
     assert max(prices[:hold]) == 0 and min(prices[hold + steps :]) > 0

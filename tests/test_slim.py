@@ -171,6 +171,13 @@ def test_cuts_of_equally_many_units_are_told_apart() -> None:
         assert tree.size(small.params()) == tree.size(one.gather(objective.params()))
 
 
+def test_with_another_loss_the_slim_model_has_that_loss() -> None:
+    model, _, cut, _ = setting("mlp")
+    objective = Objective(model)
+    before, other = objective.cut(cut), objective.with_loss(Objective(model, "regression").loss)
+    assert other.cut(cut).loss is other.loss is not before.loss is objective.loss
+
+
 @pytest.mark.parametrize("name", ["conv", "batch norm"])
 def test_an_e_step_trains_only_what_is_left(name: str) -> None:
     model, x, cut, params = setting(name)
